@@ -1,0 +1,40 @@
+"""MIM Framework: masked image modeling pre-training, assembled from plugins by a recipe.
+
+Importing this package is cheap: torch is imported when a name that needs it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "hookspecs": ["hookimpl"],
+    "config": ["Section"],
+    "errors": ["MimError", "RecipeError", "PluginError", "DataError", "CheckpointError", "TrainingError"],
+    "schedule": ["Schedule", "Curve"],
+    "records": [
+        "Ask", "EncoderSpec", "Grid", "Latent", "Mask", "Masked", "MaskerSpec", "Pred", "PredSpec", "Sample", "Step",
+        "TargetSpec", "Views", "ViewSpec",
+    ],
+    "components": [
+        "API_VERSION", "CheckpointFormat", "Component", "Decoder", "Encoder", "Head", "Loss", "Masker", "Objective",
+        "Parts", "Source", "Specs", "Target", "ViewBuilder",
+    ],
+    "functional": ["gather_tokens", "patchify", "unpatchify", "sincos_position_table"],
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(import_module(f"mim_framework.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module 'mim_framework' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,280 @@
+"""From a validated recipe to a model: builds the components in order, checks that they fit, loads weights, preflights.
+
+Each builder publishes a spec and later ones read it, so that no dimension stands twice in a recipe. Everything that does not
+fit is an error that names both sides, before any data is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mim_framework.checkpoint import load_weights
+from mim_framework.components import Decoder, Encoder, Head, Loss, Masker, Objective, Parts, Source, Specs, Target, ViewBuilder
+from mim_framework.config import Choice
+from mim_framework.distributed import World, choose_device
+from mim_framework.errors import CheckpointError, RecipeError
+from mim_framework.plugins import Registry
+from mim_framework.recipe import Recipe, load_recipe
+from mim_framework.records import Step
+from mim_framework.teachers import Teachers
+
+
+
+@dataclass
+class Model:
+    """The built parts of a recipe, on the CPU."""
+
+    recipe: Recipe
+    views: ViewBuilder
+    objective: Objective
+    teachers: Teachers
+    specs: Specs
+
+    def to(self, device: torch.device) -> Model:
+        self.objective.to(device)
+        self.teachers.to(device)
+        return self
+
+
+@dataclass
+class LoadedRun(Model):
+    """A finished or stopped run: its model on `device`, and its data."""
+
+    source: Source
+    device: torch.device
+
+
+def build_model(recipe: Recipe, registry: Registry, *, load: bool = True) -> Model:
+    """Build everything but the data. Weights depend on the recipe's seed only.
+
+    Args:
+        load: read `init` and the checkpoints of frozen teachers; False leaves them at their random initial values.
+
+    Raises:
+        RecipeError: naming the slots that do not fit.
+        CheckpointError: if weights named by the recipe cannot be loaded.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return _Builder(recipe, registry).build(load)
+
+
+def build_source(recipe: Recipe, registry: Registry) -> Source:
+    """The recipe's data source; reads listings, not images."""
+    cls, config = registry.resolve("source", recipe.data.source)
+    return cls(config)
+
+
+class _Builder:
+    def __init__(self, recipe: Recipe, registry: Registry) -> None:
+        self.recipe, self.registry = recipe, registry
+        self.specs = Specs()
+
+    def build(self, load: bool) -> Model:
+        recipe = self.recipe
+        views: ViewBuilder = self.make("views", "views", recipe.views)
+        self.publish(views=dict(views.specs))
+
+        teachers = Teachers(recipe.teachers)
+        for name, section in recipe.teachers.items():
+            if section.encoder is not None:
+                where = f"teachers.{name}.encoder"
+                teacher: Encoder = self.make("encoder", where, section.encoder, self.specs)
+                if load and section.checkpoint is not None:
+                    load_into(teacher, Path(section.checkpoint), prefix="encoder.")
+                teachers.add_frozen(name, teacher)
+                self.publish(teachers={**self.specs.teachers, name: teacher.spec})
+
+        encoder: Encoder = self.make("encoder", "encoder", recipe.encoder, self.specs)
+        self.publish(encoder=encoder.spec)
+        masker: Masker = self.make("masker", "masker", recipe.masker, self.specs)
+        self.publish(masker=masker.spec)
+        self.check_masker(masker, encoder)
+        copies = {name: encoder.spec for name, section in recipe.teachers.items() if "encoder" in section.copy_of}
+        self.publish(teachers={**self.specs.teachers, **copies})
+
+        heads = {name: self.build_head(name, section, encoder) for name, section in recipe.named_heads().items()}
+        parts = Parts(masker, encoder, heads, views, self.specs)
+        objective: Objective = self.make("objective", "objective", recipe.objective, parts)
+
+        if load and recipe.init is not None:
+            load_into(objective, Path(recipe.init))
+        with self.slot("teachers", "teachers"):
+            teachers.add_copies(objective)
+            for component in objective.components():
+                teachers.declare(component.teacher_asks())
+        return Model(recipe, views, objective, teachers, self.specs)
+
+    def build_head(self, name: str, section: Any, encoder: Encoder) -> Head:
+        where = "" if self.recipe.heads is None else f"heads.{name}."
+        target: Target = self.make("target", where + "target", section.target, self.specs)
+        specs = replace(self.specs, target=target.spec)
+        decoder: Decoder = self.make("decoder", where + "decoder", section.decoder, specs)
+        specs = replace(specs, pred=decoder.spec)
+        loss: Loss = self.make("loss", where + "loss", section.loss, specs)
+        sides = f"decoder '{decoder.name}' and target '{target.name}'"
+        if lacking := encoder.spec.lacks(decoder.ask):
+            raise self.misfit(where + "decoder", f"decoder '{decoder.name}' asks for {lacking}, which encoder '{encoder.name}' lacks")
+        if target.spec.kind not in loss.accepts:
+            accepted = ", ".join(sorted(loss.accepts))
+            text = f"loss '{loss.name}' takes {accepted} targets, target '{target.name}' gives {target.spec.kind}"
+            raise self.misfit(where + "loss", text)
+        if "opaque" not in (target.spec.kind, decoder.spec.kind):
+            wanted = "dense" if target.spec.kind in ("dense", "map") else "probs"
+            if decoder.spec.kind != wanted:
+                text = f"{sides} do not fit: {decoder.spec.kind} predictions for a {target.spec.kind} target"
+                raise self.misfit(where + "decoder", text)
+            if (decoder.spec.grid, decoder.spec.dim) != (target.spec.grid, target.spec.dim):
+                text = (
+                    f"{sides} do not fit: predictions of size {decoder.spec.dim} on grid {decoder.spec.grid}, "
+                    f"targets of size {target.spec.dim} on grid {target.spec.grid}"
+                )
+                raise self.misfit(where + "decoder", text)
+        return Head(target, decoder, loss, section.weight)
+
+    def check_masker(self, masker: Masker, encoder: Encoder) -> None:
+        sides = f"masker '{masker.name}' and encoder '{encoder.name}' do not fit"
+        accepts, mask = encoder.spec.accepts, masker.spec
+        if mask.num_hidden and not accepts & {"equal", "varies"}:
+            raise self.misfit("masker", f"{sides}: the encoder takes no masks; use masker 'none' or another encoder")
+        if mask.num_hidden and not mask.equal and "varies" not in accepts:
+            raise self.misfit("masker", f"{sides}: rows that hide different numbers, the encoder needs equal ones")
+        if mask.num_hidden and mask.equal and "equal" not in accepts:
+            raise self.misfit("masker", f"{sides}: the encoder needs rows that hide different numbers")
+        ratios = [(a, b) for a, b in zip(mask.grid.shape, encoder.spec.grid.shape, strict=False)]
+        divisible = all(b % a == 0 for a, b in ratios) or all(a % b == 0 for a, b in ratios)
+        if len(mask.grid.shape) != len(encoder.spec.grid.shape) or not divisible:
+            raise self.misfit("masker", f"{sides}: mask grid {mask.grid}, token grid {encoder.spec.grid}")
+
+    def make(self, kind: str, where: str, choice: Choice, *arguments: Any) -> Any:
+        cls, config = self.registry.resolve(kind, choice)
+        with self.slot(where, choice.type):
+            return cls(config, *arguments)
+
+    def publish(self, **specs: Any) -> None:
+        self.specs = replace(self.specs, **specs)
+
+    def misfit(self, where: str, text: str) -> RecipeError:
+        return RecipeError(f"{self.recipe.location(where)}: {text}")
+
+    @contextmanager
+    def slot(self, where: str, name: str) -> Iterator[None]:
+        """A ValueError of a constructor is the recipe's fault: say where."""
+        try:
+            yield
+        except (ValueError, AttributeError) as error:
+            if isinstance(error, AttributeError) and where != "teachers":
+                raise
+            raise RecipeError(f"{self.recipe.location(where)}: {name}: {error}") from error
+
+
+def load_into(module: nn.Module, path: Path, prefix: str = "") -> list[str]:
+    """Load weights by name into a module; returns the names the file lacks.
+
+    Args:
+        path: a run directory, a checkpoint folder or a safetensors file with the names of an objective.
+        prefix: take only names with this prefix, and strip it.
+
+    Raises:
+        CheckpointError: if no name fits, a shape differs, or the file holds names that the module lacks.
+    """
+    weights = load_weights(path)
+    if prefix:
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    own = module.state_dict()
+    unknown = sorted(weights.keys() - own.keys())
+    if unknown or not weights:
+        found = f"names that the recipe's model lacks: {_some(unknown)}" if unknown else f"no name starting with '{prefix}'"
+        raise CheckpointError(f"{path}: {found}")
+    wrong = [
+        f"{name} {tuple(tensor.shape)}, needed {tuple(own[name].shape)}"
+        for name, tensor in weights.items()
+        if tensor.shape != own[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{path}: shapes that do not fit the recipe: {_some(wrong)}")
+    module.load_state_dict(weights, strict=False)
+    return sorted(own.keys() - weights.keys())
+
+
+def load_run(
+    run_dir: Path, *, checkpoint: Path | None = None, trained: bool = True, registry: Registry | None = None
+) -> LoadedRun:
+    """The model of a run directory, on the recipe's device, with the weights of a checkpoint.
+
+    Args:
+        checkpoint: by default the newest whole one of the run.
+        trained: False gives the weights from which the run started.
+
+    Raises:
+        RecipeError: if the directory holds no run.
+        CheckpointError: if there is no whole checkpoint, or it does not fit.
+    """
+    registry = registry or Registry()
+    file = run_dir / "recipe.yaml"
+    if not file.is_file():
+        raise RecipeError(f"{run_dir} is no run directory: it has no recipe.yaml")
+    recipe = load_recipe(file, [], registry)
+    device = choose_device(recipe.train.device)
+    model = build_model(recipe, registry, load=not trained)
+    if trained:
+        load_into(model.objective, checkpoint or run_dir)
+    source = build_source(recipe, registry)
+    return LoadedRun(recipe, model.views, model.objective.to(device), model.teachers.to(device), model.specs, source, device)
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def make_step(recipe: Recipe, positions: torch.Tensor, **changes: Any) -> Step:
+    """A step outside of training, for preflights, evaluation and tests."""
+    values: dict[str, Any] = {
+        "index": 0, "total": 1, "epoch": 0.0, "epochs": 1.0, "positions": positions, "seed": recipe.seed, "world": World(),
+    }  # fmt: skip
+    return Step(**{**values, **changes})
+
+
+def preflight(model: Model, device: torch.device) -> dict[str, float]:
+    """One made-up batch of two images through forward and backward; returns its losses and leaves no gradient behind.
+
+    Raises:
+        RecipeError: if a component fails, a mask breaks its promise, or a trainable parameter gets no gradient.
+    """
+    objective, recipe = model.objective, model.recipe
+    positions = torch.arange(2, device=device)
+    batch = {name: tensor.to(device) for name, tensor in model.views.example(2).items()}
+    got_gradient: set[str] = set()
+    losses: dict[str, torch.Tensor] = {}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(recipe.seed)
+        for phase in recipe.phase_names():
+            step = make_step(recipe, positions, phase=phase, teachers=model.teachers.session())
+            try:
+                views = model.views.prepare(step, batch)
+                if masker := getattr(objective, "masker", None):
+                    for mask in masker(step, views).masks.values():
+                        mask.validate()
+                losses = objective(step, views)
+                sum(losses.values(), start=torch.zeros((), device=device)).backward()
+            except (ValueError, RuntimeError) as error:
+                raise RecipeError(f"{recipe.location('')}: the model fails on a made-up batch: {error}") from error
+            got_gradient |= {name for name, p in objective.named_parameters() if p.grad is not None}
+            objective.zero_grad(set_to_none=True)
+    idle = [name for name, p in objective.named_parameters() if p.requires_grad and name not in got_gradient]
+    if idle:
+        raise RecipeError(
+            f"{recipe.location('')}: trainable parameters that no loss reaches: {_some(idle)}. They would stop distributed "
+            "training; create them only if the recipe uses them, or set requires_grad=False"
+        )
+    return {name: loss.item() for name, loss in losses.items()}
+
+

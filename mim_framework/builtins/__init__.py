@@ -1,0 +1,53 @@
+"""Components that more than one method uses, registered by the same hooks as any plugin's."""
+
+from __future__ import annotations
+
+from mim_framework.builtins.decoders import LinearDecoder
+from mim_framework.builtins.encoders import TimmEncoder
+from mim_framework.builtins.losses import CrossEntropyLoss, L1Loss, MSELoss
+from mim_framework.builtins.maskers import NoMasker, RandomMasker
+from mim_framework.builtins.targets import FeatureTarget, PixelTarget
+from mim_framework.data.sources import DigitsSource, FolderSource, TorchvisionSource
+from mim_framework.data.views import ImageViews
+from mim_framework.hookspecs import hookimpl
+from mim_framework.objective import MaskedPrediction
+
+
+@hookimpl
+def mim_maskers():
+    return [RandomMasker, NoMasker]
+
+
+@hookimpl
+def mim_encoders():
+    return [TimmEncoder]
+
+
+@hookimpl
+def mim_targets():
+    return [PixelTarget, FeatureTarget]
+
+
+@hookimpl
+def mim_decoders():
+    return [LinearDecoder]
+
+
+@hookimpl
+def mim_losses():
+    return [MSELoss, L1Loss, CrossEntropyLoss]
+
+
+@hookimpl
+def mim_objectives():
+    return [MaskedPrediction]
+
+
+@hookimpl
+def mim_views():
+    return [ImageViews]
+
+
+@hookimpl
+def mim_sources():
+    return [FolderSource, DigitsSource, TorchvisionSource]

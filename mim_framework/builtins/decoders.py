@@ -1,0 +1,36 @@
+"""Decoders that more than one method uses."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mim_framework.components import Decoder, Specs
+from mim_framework.config import Section
+from mim_framework.functional import gather_tokens
+from mim_framework.records import Latent, Mask, Pred, PredSpec
+
+
+class LinearDecoder(Decoder):
+    """One linear layer on the encoder's tokens; needs an encoder that keeps a token at every position (SimMIM, BEiT)."""
+
+    name = "linear"
+
+    def __init__(self, config: Section, specs: Specs) -> None:
+        super().__init__(config, specs)
+        if specs.encoder.visible_only:
+            raise ValueError(
+                "decoder 'linear' needs an encoder with a token at every position; this one drops hidden tokens. "
+                "Use a decoder that re-inserts them, for example 'mae_decoder'"
+            )
+        if specs.target.grid != specs.encoder.grid:
+            raise ValueError(f"decoder 'linear': target grid {specs.target.grid}, encoder grid {specs.encoder.grid}")
+        self.grid = specs.encoder.grid
+        self.head = nn.Linear(specs.encoder.dim, specs.target.dim)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self.spec = PredSpec("probs" if specs.target.kind in ("ids", "probs") else "dense", specs.target.dim, self.grid)
+
+    def forward(self, latent: Latent, mask: Mask) -> Pred:
+        ids = mask.at(self.grid).ids_predict
+        tokens = latent.tokens if ids is None else gather_tokens(latent.tokens, ids)
+        return Pred(self.head(tokens), self.grid, ids)

@@ -1,0 +1,82 @@
+"""Losses: one number from a prediction and its target, taken where the mask says."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from mim_framework.components import Loss
+from mim_framework.config import Section
+from mim_framework.records import Latent, Mask, Pred
+
+
+def align(pred: Pred, target: Tensor | Pred) -> tuple[Tensor, Tensor]:
+    """Prediction and target at the same positions: those that both hold."""
+    if not isinstance(target, Pred):
+        target = Pred(target, pred.grid)
+    ids = pred.ids if pred.ids is not None else target.ids
+    return pred.at(ids), target.at(ids)
+
+
+def masked_mean(per_position: Tensor, ids: Tensor | None, mask: Mask) -> Tensor:
+    """Mean over the positions to predict. per_position (B, M) holds the positions `ids` (None = all N)."""
+    weights = mask.where
+    if ids is not None:
+        if mask.predict is None:  # the positions are exactly the hidden ones
+            return per_position.mean()
+        weights = weights.gather(1, ids)
+    weights = weights.to(per_position.dtype)
+    return (per_position * weights).sum() / weights.sum()
+
+
+class PositionLoss(Loss):
+    """A loss that is a mean over the predicted positions of the whole micro-batch."""
+
+    def forward(self, pred: Pred, target: Tensor | Pred | Any, mask: Mask, latent: Latent) -> Tensor:
+        values, wanted = align(pred, target)
+        ids = pred.ids if pred.ids is not None or not isinstance(target, Pred) else target.ids
+        return masked_mean(self.per_position(values.float(), wanted), ids, mask.at(pred.grid))
+
+    @abstractmethod
+    def per_position(self, values: Tensor, wanted: Tensor) -> Tensor:
+        """values (B, M, C) float32 -> (B, M)."""
+
+
+class MSELoss(PositionLoss):
+    """Squared error, mean over the values of a position, then over positions (MAE)."""
+
+    name = "mse"
+
+    def per_position(self, values: Tensor, wanted: Tensor) -> Tensor:
+        return (values - wanted.float()).square().mean(-1)
+
+
+class L1Loss(PositionLoss):
+    """Absolute error, mean over the values of a position, then over positions."""
+
+    name = "l1"
+
+    def per_position(self, values: Tensor, wanted: Tensor) -> Tensor:
+        return (values - wanted.float()).abs().mean(-1)
+
+
+class CrossEntropyLoss(PositionLoss):
+    """Cross-entropy of logits against token ids or probabilities (BEiT)."""
+
+    name = "cross_entropy"
+    accepts = frozenset({"ids", "probs"})
+
+    class Config(Section):
+        label_smoothing: float = Field(0.0, ge=0, lt=1)
+        """Share of the probability spread over all classes."""
+
+    config: Config
+
+    def per_position(self, values: Tensor, wanted: Tensor) -> Tensor:
+        logits = values.movedim(-1, 1)
+        wanted = wanted.movedim(-1, 1) if wanted.is_floating_point() else wanted
+        return cross_entropy(logits, wanted, reduction="none", label_smoothing=self.config.label_smoothing)

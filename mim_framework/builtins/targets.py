@@ -1,0 +1,92 @@
+"""Targets that more than one method predicts: pixels, and the features of a teacher."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from mim_framework.components import Specs, Target
+from mim_framework.config import Section
+from mim_framework.functional import gather_tokens, patchify, unpatchify
+from mim_framework.records import Grid, Mask, Masked, Pred, Step, TargetSpec
+
+
+def normalize_patches(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    """patches (B, M, P) -> (normalised, mean, std) per patch; unbiased variance, eps under the root, as in MAE."""
+    mean = patches.mean(-1, keepdim=True)
+    std = (patches.var(-1, keepdim=True) + eps).sqrt()
+    return (patches - mean) / std, mean, std
+
+
+class PixelTarget(Target):
+    """The pixels of each patch of the clean view, (row, column, channel) inside a patch (He et al. 2021)."""
+
+    name = "pixels"
+
+    class Config(Section):
+        norm_pix_loss: bool = False
+        """Normalise every patch by its own mean and standard deviation."""
+        patch_size: int | None = Field(None, gt=0)
+        """Side of a predicted patch in pixels; the encoder's output stride by default."""
+
+    config: Config
+
+    def __init__(self, config: Section, specs: Specs) -> None:
+        super().__init__(config, specs)
+        view = specs.view("x")
+        self.patch_size = self.config.patch_size or specs.encoder.stride
+        if any(size % self.patch_size for size in view.img_size):
+            height, width = view.img_size
+            raise ValueError(f"image size {height}x{width} is not a multiple of patch_size {self.patch_size}")
+        grid = Grid(tuple(size // self.patch_size for size in view.img_size))
+        self.spec = TargetSpec("dense", self.patch_size**2 * view.in_chans, grid)
+
+    def forward(self, step: Step, masked: Masked) -> Pred:
+        """Values at the predicted positions only, where the mask allows it."""
+        ids = masked.masks["x"].at(self.spec.grid).ids_predict
+        patches = patchify(masked.clean("x"), self.patch_size)
+        if ids is not None:
+            patches = gather_tokens(patches, ids)
+        return Pred(normalize_patches(patches)[0] if self.config.norm_pix_loss else patches, self.spec.grid, ids)
+
+    def reconstruct(self, pred: Pred, mask: Mask, view: Tensor) -> Tensor:
+        """(B, C, H, W): predicted patches, de-normalised by each true patch, pasted over the visible image."""
+        mask = mask.at(self.spec.grid)
+        patches = patchify(view, self.patch_size)
+        true = patches if pred.ids is None else gather_tokens(patches, pred.ids)
+        values = pred.values.to(patches.dtype)
+        if self.config.norm_pix_loss:
+            _, mean, std = normalize_patches(true)
+            values = values * std + mean
+        if pred.ids is None:
+            patches = values.where(mask.where[..., None].bool(), patches)
+        else:
+            patches = patches.scatter(1, pred.ids[..., None].expand_as(values), values)
+        return unpatchify(patches, self.patch_size, self.spec.grid)
+
+
+class FeatureTarget(Target):
+    """A teacher's tokens, optionally layer-normalised (EVA, I-JEPA, data2vec-style)."""
+
+    name = "features"
+
+    class Config(Section):
+        teacher: str
+        """Name of the teacher in the recipe's `teachers`."""
+        view: str = "x"
+        """The view that the teacher sees."""
+        normalize: bool = True
+        """Layer-normalise each token without learned parameters."""
+
+    config: Config
+
+    def __init__(self, config: Section, specs: Specs) -> None:
+        super().__init__(config, specs)
+        teacher = specs.teacher(self.config.teacher)
+        specs.view(self.config.view)
+        self.spec = TargetSpec("dense", teacher.dim, teacher.grid)
+
+    def forward(self, step: Step, masked: Masked) -> Tensor:
+        tokens = step.teacher(self.config.teacher, masked.clean(self.config.view)).tokens.float()
+        return layer_norm(tokens, tokens.shape[-1:]) if self.config.normalize else tokens

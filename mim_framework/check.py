@@ -1,0 +1,50 @@
+"""`mim check`: everything that can be said of a recipe before any time is spent on it."""
+
+from __future__ import annotations
+
+from mim_framework.build import build_source
+from mim_framework.cost import measure_cost
+from mim_framework.distributed import choose_device
+from mim_framework.plugins import Registry
+from mim_framework.recipe import Recipe
+from mim_framework.run import batch_layout, run_directory, run_length, uses_bfloat16
+
+
+def report(recipe: Recipe, registry: Registry, *, world_size: int = 1) -> str:
+    """A page on the model, its cost, the batch and the length of the run.
+
+    Raises:
+        MimError: for everything in the recipe that would stop a run.
+    """
+    cost = measure_cost(recipe, registry)
+    layout = batch_layout(recipe, 0, world_size)
+    source = build_source(recipe, registry)
+    steps_per_epoch, total_steps = run_length(recipe, len(source))
+    device = choose_device(recipe.train.device)
+    precision = "bfloat16 autocast" if uses_bfloat16(recipe.train.precision, device) else "float32"
+    parameters = ", ".join(f"{name} {_millions(count)}" for name, count in cost.parameters.items())
+    lines = {
+        "recipe": recipe.name,
+        "parameters": f"{parameters}; trainable {_millions(cost.trainable)}",
+        "tokens per image": f"{cost.tokens} of {cost.positions} reach the encoder",
+        "FLOPs per image": f"forward {_giga(cost.forward_flops)}, training step {_giga(cost.train_flops)}",
+        "weights and optimizer": f"{cost.state_bytes / 2**30:.2f} GiB in float32, activations not counted",
+        "batch": f"{layout.total_batch_size} images a step = {layout.batch_size} x {world_size} ranks x {layout.accum_steps} accumulation steps",
+        "data": f"{len(source):,} images ({recipe.data.source.type})",
+        "length": f"{total_steps:,} steps, {steps_per_epoch:,} an epoch",
+        "device": f"{device.type}, {precision}",
+        "output": str(run_directory(recipe)),
+    }
+    for name, section in recipe.named_optimizers().items():
+        label = "optimizer" if len(recipe.named_optimizers()) == 1 else f"optimizer {name}"
+        lines[label] = f"{section.type}, peak learning rate {section.peak_lr(layout.total_batch_size):.3g}"
+    width = max(map(len, lines))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"
+
+
+def _giga(flops: float) -> str:
+    return f"{flops / 1e9:.2f} G"

@@ -1,0 +1,299 @@
+"""Checkpoints that are whole or not there: tensors as safetensors, the rest as JSON, everything hashed, no pickle.
+
+`checkpoints/step_00001000/` holds one `GROUP.safetensors` per group of tensors, `state.json`, and `manifest.json` with
+the size and SHA-256 of every file. It is written under a hidden temporary name on the same file system, flushed to the
+disk and renamed, so a step that bears its final name is whole. A step is never overwritten. One run writes to a folder
+at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mim_framework.config import Section
+from mim_framework.errors import CheckpointError
+
+FORMAT = 1
+"""Version of the layout. A reader refuses what it does not know."""
+
+_STEP = re.compile(r"step_(\d{8,})")
+_PLAIN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointSection(Section):
+    """How often a run is saved and what is kept. The last step and an interrupted one are always saved."""
+
+    every_epochs: float = Field(20.0, ge=0)
+    """Epochs between two checkpoints; 0 for none."""
+    every_steps: int = Field(0, ge=0)
+    """Optimizer steps between two checkpoints, besides those of `every_epochs`; 0 for none."""
+    keep: int = Field(2, ge=1)
+    """Number of newest checkpoints that are kept. With 2, a damaged one costs one interval and not the run."""
+    keep_every_epochs: float = Field(0.0, ge=0)
+    """Checkpoints that fall on a multiple of so many epochs are kept for good; 0 for none."""
+
+
+class _File(Section):
+    bytes: int
+    sha256: str
+    tensors: int | None = None
+
+
+class _Manifest(Section):
+    format: int
+    step: int
+    files: dict[Annotated[str, Field(pattern=_PLAIN_NAME)], _File]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files have been verified."""
+
+    path: Path
+    step: int
+    """Optimizer steps that had been made."""
+    state: dict[str, Any]
+    """What was saved besides tensors."""
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """The tensors of a group on the CPU; empty if the checkpoint has no such group."""
+        path = self.path / f"{group}.safetensors"
+        return _read_tensors(path) if path.exists() else {}
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Write `folder/step_NNNNNNNN`, whole or not at all. Call it on one rank.
+
+    A whole checkpoint of the same step and content is kept as it is. Any other of this or a later step is set aside
+    under the suffix `.aside`: it is damaged, or belongs to a continuation of the run that was given up.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        tensors: groups of named tensors on the CPU. They may be views of each other; every name gets its own copy.
+        state: what JSON can hold.
+
+    Raises:
+        CheckpointError: if it cannot be written, for example because the disk is full. Nothing of it is left then,
+            and the earlier steps are as they were.
+    """
+    for group in tensors:
+        if not re.fullmatch(_PLAIN_NAME, group):
+            raise ValueError(f"group '{group}' cannot be a file name; use letters, digits, '_', '-' and '.'")
+    final = folder / f"step_{step:08d}"
+    temporary = _temporary(final)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        temporary.mkdir()
+        _write_files(temporary, step, tensors, state)
+        if final.exists():
+            if _is_same(final, temporary):
+                shutil.rmtree(temporary)
+                return final
+            _set_aside(final)
+        os.rename(temporary, final)
+        _flush(folder)
+        for later in list_checkpoints(folder):
+            if step_of(later) > step:
+                _set_aside(later)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write checkpoint {final}: {error}. Earlier checkpoints are untouched") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The steps in `folder`, oldest first; empty if there is no such folder. They are not verified."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _STEP.fullmatch(path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(path.name.removeprefix("step_"))
+
+
+def find_latest(folder: Path, warn: Callable[[str], object] = logger.warning) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None if there is none at all.
+
+    Args:
+        warn: is told about every damaged checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: if there are checkpoints and all are damaged; going on from nothing would hide the loss.
+    """
+    damaged = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return load(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            warn(f"{error}; trying the checkpoint before it")
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is whole: {'; '.join(damaged)}. Start the run under another name"
+        )
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """Verify the checkpoint at `path` and open it; reads every byte once.
+
+    Raises:
+        CheckpointError: naming the file that is missing, cut short or changed.
+    """
+    manifest = _read_manifest(path / "manifest.json")
+    try:
+        for name, written in manifest.files.items():
+            file = path / name
+            size = file.stat().st_size
+            if size != written.bytes:
+                raise CheckpointError(f"{file} is damaged: {size} bytes, {written.bytes} were written")
+            if _sha256(file) != written.sha256:
+                raise CheckpointError(f"{file} is damaged: its content is not what was written")
+        return Checkpoint(path, manifest.step, json.loads((path / "state.json").read_bytes()))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a model by name, from a run directory, a checkpoint or a safetensors file.
+
+    Raises:
+        CheckpointError: if there are none, or the file is damaged.
+    """
+    if path.is_file():
+        return _read_tensors(path)
+    if (path / "manifest.json").is_file():
+        return load(path).tensors("model")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist; give a run directory, a checkpoint or a .safetensors file")
+    found = find_latest(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{path} holds no checkpoint: neither manifest.json nor checkpoints/step_...")
+    return found.tensors("model")
+
+
+def prune(folder: Path, section: CheckpointSection, steps_per_epoch: int) -> None:
+    """Delete all but the newest `section.keep` steps and those kept for good. A failure to delete only warns."""
+    for path in list_checkpoints(folder)[: -section.keep]:
+        every = section.keep_every_epochs
+        if every and step_of(path) % max(1, round(every * steps_per_epoch)) == 0:
+            continue
+        try:  # renamed first, so that a kill cannot leave half a step under its final name
+            shutil.rmtree(path.rename(_temporary(path)))
+        except OSError as error:
+            logger.warning(f"cannot delete the old checkpoint {path}: {error}")
+
+
+def _write_files(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    for group, named in tensors.items():
+        save_file(_independent(named), folder / f"{group}.safetensors")
+    (folder / "state.json").write_text(json.dumps(state, indent=1))
+    files: dict[str, Any] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
+    }
+    for group, named in tensors.items():
+        files[f"{group}.safetensors"]["tensors"] = len(named)
+    content = {"format": FORMAT, "step": step, "files": files}
+    (folder / "manifest.json").write_text(json.dumps({**content, "sha256": _content_hash(content)}, indent=1))
+    for path in folder.iterdir():
+        _flush(path)
+    _flush(folder)
+
+
+def _independent(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share memory, as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in named.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return result
+
+
+def _read_manifest(path: Path) -> _Manifest:
+    """The manifest holds a hash of itself, so that a change in it is noticed too."""
+    try:
+        content = json.loads(path.read_bytes())
+        intact = content.pop("sha256") == _content_hash(content)
+        if intact and content["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {content['format']}; this version reads format {FORMAT}")
+        if intact:
+            return _Manifest.model_validate(content)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError, ValidationError):
+        pass  # not JSON, or not a manifest
+    raise CheckpointError(f"{path} is damaged: its content is not what was written")
+
+
+def _content_hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _is_same(final: Path, written: Path) -> bool:
+    """Whether the checkpoint that is already there is whole and says the same."""
+    try:
+        load(final)
+    except CheckpointError:
+        return False
+    return (final / "manifest.json").read_bytes() == (written / "manifest.json").read_bytes()
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(path.name + ".aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    logger.warning(f"set aside {path}: it is damaged, or newer than the step from which the run went on")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Temporary folders of runs that were killed while saving."""
+    for path in folder.glob(".step_*.tmp"):
+        shutil.rmtree(path)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

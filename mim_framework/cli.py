@@ -1,0 +1,332 @@
+"""The command `mim`. Nothing here computes: each command reads its arguments and calls one function.
+
+Commands import what they need when they run, so that help and listings start without torch. An error that a user can
+cause (`MimError`) is printed as one message without a traceback; `--debug` shows it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mim_framework import __version__
+from mim_framework.errors import MimError, PluginError, RecipeError
+from mim_framework.plugins import Registry
+
+if TYPE_CHECKING:
+    from mim_framework.recipe import Recipe
+
+RECIPE = click.argument("recipe")
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+RUN = click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+OUTPUT = click.option("--output", type=click.Path(path_type=Path), help="Where to write.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options that stand before the command."""
+
+    registry: Registry
+    no_plugins: bool
+
+    def recipe(self, recipe: str, overrides: tuple[str, ...]) -> Recipe:
+        from mim_framework.recipe import load_recipe
+
+        return load_recipe(recipe, overrides, self.registry)
+
+
+class ErrorPolicy(click.Group):
+    """Prints errors that a user can cause, without a traceback, and ends with status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MimError as error:
+            if ctx.params["debug"]:
+                raise
+            # All ranks of a node find the same fault in a recipe or its plugins; one of them tells.
+            told_by_another = isinstance(error, RecipeError | PluginError) and os.environ.get("LOCAL_RANK", "0") != "0"
+            if not told_by_another:
+                click.echo(f"mim: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=ErrorPolicy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mim")
+@click.option("--no-plugins", is_flag=True, help="Use the built-in components only.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def main(ctx: click.Context, no_plugins: bool, debug: bool) -> None:
+    """Masked image modeling pre-training, assembled from plugins by a recipe.
+
+    RECIPE is a YAML file or the name of a shipped recipe (mim recipes list). KEY=VALUE changes it: optim.lr=1e-3
+    """
+    ctx.obj = Settings(Registry(only=()) if no_plugins else Registry(), no_plugins)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class RankCount(click.ParamType):
+    """A number of processes, or `auto`."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "auto" or isinstance(value, int):
+            return value
+        if not value.isdecimal() or int(value) < 1:
+            self.fail(f"{value!r} is neither a number of processes nor 'auto'", param, ctx)
+        return int(value)
+
+
+@main.command()
+@RECIPE
+@OVERRIDES
+@click.option(
+    "--nproc-per-node", type=RankCount(), default="auto", show_default="one per GPU, else 1", help="Processes."
+)
+@click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
+@click.option("--node-rank", type=click.IntRange(min=0), help="Number of this machine, from 0.")
+@click.option("--rdzv-endpoint", metavar="HOST:PORT", help="An address that all machines reach.")
+@click.option("--rdzv-id", help="The same text on all machines of a run.")
+@click.option("--fresh", is_flag=True, help="Refuse to resume a run that is there already.")
+@click.option("--output", metavar="DIR", help="The same as output_dir=DIR.")
+@click.pass_obj
+def run(
+    settings: Settings,
+    recipe: str,
+    overrides: tuple[str, ...],
+    nproc_per_node: int | str,
+    nnodes: int,
+    node_rank: int | None,
+    rdzv_endpoint: str | None,
+    rdzv_id: str | None,
+    fresh: bool,
+    output: str | None,
+) -> None:
+    """Train. The same command again resumes."""
+    if output is not None:
+        overrides += (f"output_dir={json.dumps(output)}",)
+    checked = settings.recipe(recipe, overrides)  # before any other process starts, so that errors are told once
+    from mim_framework.distributed import launch, under_launcher
+
+    if not under_launcher():
+        ranks = _devices(checked.train.device) if isinstance(nproc_per_node, str) else nproc_per_node
+        if ranks > 1 or nnodes > 1:
+            switches = ["--no-plugins"] if settings.no_plugins else []
+            launch(
+                [*switches, "run", *(["--fresh"] if fresh else []), "--", recipe, *overrides],
+                nproc_per_node=ranks,
+                nnodes=nnodes,
+                node_rank=node_rank,
+                rdzv_endpoint=rdzv_endpoint,
+                rdzv_id=rdzv_id,
+            )
+            return
+    from mim_framework.trainer import train
+
+    directory = train(checked, settings.registry, fresh=fresh)
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(f"run directory: {directory}")
+
+
+def _devices(wanted: str) -> int:
+    """How many GPUs of this machine a run would use; 1 without any."""
+    import torch
+
+    return max(1, torch.cuda.device_count()) if wanted in ("auto", "cuda") else 1
+
+
+@main.command()
+@RECIPE
+@OVERRIDES
+@click.option("--world-size", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks to calculate for.")
+@click.pass_obj
+def check(settings: Settings, recipe: str, overrides: tuple[str, ...], world_size: int) -> None:
+    """Check a recipe without training: parameters, FLOPs, tokens, memory, batch arithmetic."""
+    checked = settings.recipe(recipe, overrides)
+    from mim_framework.check import report
+
+    click.echo(report(checked, settings.registry, world_size=world_size))
+
+
+@main.command()
+@RECIPE
+@OVERRIDES
+@click.option("--data", type=click.Choice(["synthetic", "real", "loader-only"]), default="synthetic", show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps to measure.")
+@click.pass_obj
+def bench(settings: Settings, recipe: str, overrides: tuple[str, ...], data: str, steps: int) -> None:
+    """Measure the speed of a recipe's training step, and where the time goes."""
+    checked = settings.recipe(recipe, overrides)
+    from mim_framework.bench import run_bench
+
+    click.echo(run_bench(checked, settings.registry, data=data, steps=steps))
+
+
+# --- what is installed -----------------------------------------------------------------------------------------------
+
+
+@main.group()
+def plugins() -> None:
+    """What is installed."""
+
+
+@plugins.command("list")
+@click.option("--load", is_flag=True, help="Import each plugin, to find errors that its source does not show.")
+@click.pass_obj
+def list_plugins(settings: Settings, load: bool) -> None:
+    """Installed plugins with their components and faults; imports none of them."""
+    registry = settings.registry
+    failures = registry.load_all() if load else {}
+    recipes = registry.recipes()
+    for info in registry.plugins():
+        click.echo(f"{info.name} {info.version} ({info.distribution})")
+        names: dict[str, list[str]] = {}
+        for component in registry.components(info.name):
+            names.setdefault(component.kind, []).append(component.name)
+        for kind in sorted(info.unread - names.keys()) if not load else ():
+            names[kind] = ["(known when loaded)"]
+        names["recipes"] = [recipe.name for recipe in recipes if recipe.plugin == info.name]
+        names["listens to"] = list(info.events)
+        for kind, found in names.items():
+            if found:
+                click.echo(f"  {kind}: {', '.join(found)}")
+        if fault := failures.get(info.name) or info.error:
+            click.echo(f"  cannot be used: {fault}")
+
+
+@plugins.command("show")
+@click.argument("name")
+@click.option("--load", is_flag=True, help="Import the plugin.")
+@click.pass_obj
+def show_plugin(settings: Settings, name: str, load: bool) -> None:
+    """One plugin, with a line about each of its components."""
+    registry = settings.registry
+    info = registry.plugin(name)
+    if load:
+        registry.load(info.name)
+    click.echo(f"{info.name} {info.version}\npackage: {info.distribution}\nmodule: {info.module}")
+    for component in registry.components(info.name):
+        click.echo(f"{component.kind} {component.name}: {component.summary}")
+    for recipe in registry.recipes():
+        if recipe.plugin == info.name:
+            click.echo(f"recipe {recipe.name}: {recipe.summary}")
+    for event in info.events:
+        click.echo(f"listens to {event}")
+    if info.error:
+        click.echo(f"cannot be used: {info.error}")
+
+
+@main.group()
+def recipes() -> None:
+    """Recipes that installed plugins ship."""
+
+
+@recipes.command("list")
+@click.pass_obj
+def list_recipes(settings: Settings) -> None:
+    """Shipped recipes by name."""
+    shipped = settings.registry.recipes()
+    width = max((len(recipe.name) for recipe in shipped), default=0)
+    for recipe in shipped:
+        click.echo(f"{recipe.name:<{width}}  {recipe.plugin}: {recipe.summary}")
+    if not shipped:
+        click.echo("no installed plugin ships a recipe", err=True)
+
+
+@recipes.command("copy")
+@click.argument("name")
+@click.argument("dest", type=click.Path(path_type=Path), default=".")
+@click.pass_obj
+def copy_recipe(settings: Settings, name: str, dest: Path) -> None:
+    """Copy a shipped recipe to DEST, a file or a folder, to change it."""
+    path = settings.registry.recipe(name).path
+    dest = dest / path.name if dest.is_dir() else dest
+    if dest.exists():
+        raise MimError(f"{dest} is there already; name another file: mim recipes copy {name} DEST")
+    try:
+        dest.write_bytes(path.read_bytes())
+    except OSError as error:
+        raise MimError(f"{dest} cannot be written: {error.strerror}") from error
+    click.echo(dest)
+
+
+@main.command()
+@click.pass_obj
+def schema(settings: Settings) -> None:
+    """JSON schema of recipes, with the options of every installed component, for editors."""
+    from mim_framework.recipe import recipe_schema
+
+    click.echo(json.dumps(recipe_schema(settings.registry), indent=2))
+    for error in settings.registry.load_all().values():
+        click.echo(f"left out: {error}", err=True)
+
+
+@main.command()
+@click.pass_context
+def doctor(ctx: click.Context) -> None:
+    """Versions, devices, plugins and decoders; ends with status 1 if something is wrong."""
+    from mim_framework.doctor import examine
+
+    findings = examine(ctx.obj.registry)
+    for finding in findings:
+        click.echo(f"{'  ' if finding.ok else '! '}{finding.topic}: {finding.text}")
+    ctx.exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+# --- after training --------------------------------------------------------------------------------------------------
+
+
+@main.group("eval")
+def evaluate() -> None:
+    """What a representation is worth."""
+
+
+@evaluate.command()
+@RUN
+def knn(run: Path) -> None:
+    """Top-1 accuracy of nearest neighbours: raw pixels, untrained encoder, trained encoder."""
+    from mim_framework.evaluate.knn import evaluate_run
+
+    for name, value in evaluate_run(run).items():
+        click.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+@main.command()
+@RUN
+@click.option("--to", type=click.Choice(["timm", "official"]), required=True, help="Layout of the weights.")
+@OUTPUT
+def export(run: Path, to: str, output: Path | None) -> None:
+    """Write a run's weights in another layout."""
+    from mim_framework.convert import export_run
+
+    click.echo(export_run(run, to, output))
+
+
+@main.command("import")
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
+@OUTPUT
+def import_file(file: Path, output: Path | None) -> None:
+    """Read a checkpoint of a method's official code, without running code from it."""
+    from mim_framework.convert import import_checkpoint
+
+    click.echo(import_checkpoint(file, output))
+
+
+@main.command()
+@RUN
+@click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@OUTPUT
+def reconstruct(run: Path, images: tuple[Path, ...], output: Path | None) -> None:
+    """Draw images masked and reconstructed by a run, as PNG files."""
+    from mim_framework.evaluate.reconstruct import reconstruct_run
+
+    for path in reconstruct_run(run, list(images), output):
+        click.echo(path)

@@ -1,0 +1,338 @@
+"""What a component is: a named class with a validated `Config`, built from its config and the specs published so far.
+
+Start here to write a plugin. Five slots make a training step (masker, encoder, target, decoder, loss); an objective
+orders them; views and sources bring the data. Every base class says what a subclass must set and what it may override.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mim_framework import rng
+from mim_framework.config import Section
+from mim_framework.records import (
+    Ask,
+    EncoderSpec,
+    Kind,
+    Latent,
+    Mask,
+    Masked,
+    MaskerSpec,
+    Pred,
+    PredSpec,
+    Sample,
+    Step,
+    TargetSpec,
+    Views,
+    ViewSpec,
+)
+from mim_framework.schedule import Curve
+
+API_VERSION = "1"
+"""Version of the plugin contract. A plugin module may set `requires_api = "1"`; another version is refused."""
+
+
+@dataclass(frozen=True)
+class Specs:
+    """What has been built so far, read by the components that are built next.
+
+    Build order: views, frozen teachers, encoder, masker, target, decoder, loss. An entry that is not built yet is None.
+    """
+
+    views: dict[str, ViewSpec] = field(default_factory=dict)
+    teachers: dict[str, EncoderSpec] = field(default_factory=dict)
+    encoder: EncoderSpec = None  # type: ignore[assignment]
+    masker: MaskerSpec = None  # type: ignore[assignment]
+    target: TargetSpec = None  # type: ignore[assignment]
+    pred: PredSpec = None  # type: ignore[assignment]
+
+    def view(self, name: str) -> ViewSpec:
+        """The named view.
+
+        Raises:
+            ValueError: if no view builder provides it.
+        """
+        if name not in self.views:
+            raise ValueError(f"no view '{name}'; the views of this recipe are {', '.join(sorted(self.views)) or 'none'}")
+        return self.views[name]
+
+
+    def teacher(self, name: str) -> EncoderSpec:
+        """The named teacher's encoder.
+
+        Raises:
+            ValueError: if the recipe has no such teacher.
+        """
+        if name not in self.teachers:
+            raise ValueError(f"no teacher '{name}'; the teachers of this recipe are {', '.join(sorted(self.teachers)) or 'none'}")
+        return self.teachers[name]
+
+
+class Component(nn.Module):
+    """Base of the components that run in a training step."""
+
+    kind: ClassVar[str]
+    """The slot, set by the base classes below."""
+    name: ClassVar[str]
+    """The name by which a recipe selects the component."""
+    full_precision: ClassVar[bool] = False
+    """True for a precision island: autocast is off while the component runs."""
+
+    class Config(Section):
+        """No options."""
+
+    config: Config
+
+    def __init__(self, config: Section, specs: Specs) -> None:
+        super().__init__()
+        self.config = config  # type: ignore[assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.full_precision:
+            return super().__call__(*args, **kwargs)
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return super().__call__(*args, **kwargs)
+
+    def no_weight_decay(self) -> Iterable[str]:
+        """Names of own parameters, besides biases and other 1-D ones, that are exempt from weight decay."""
+        return ()
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """Repeated blocks, in order: the units of `torch.compile` and of FSDP sharding."""
+        return ()
+
+    def teacher_asks(self) -> dict[str, Ask]:
+        """What this component wants from which teacher, besides the last tokens."""
+        return {}
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Scalars worth logging, read only when a line is logged; detached."""
+        return {}
+
+    def before_step(self, step: Step) -> None:
+        """Called after backward and before the optimizer."""
+
+    def after_step(self, step: Step) -> None:
+        """Called after a successful optimizer step, never after a skipped one."""
+
+
+class Masker(Component):
+    """Decides what is hidden and what must be predicted; may rewrite the views. Set `self.spec` in `__init__`."""
+
+    kind = "masker"
+    spec: MaskerSpec
+
+    @abstractmethod
+    def forward(self, step: Step, views: Views) -> Masked: ...
+
+
+class Encoder(Component):
+    """Turns a view under a mask into tokens: drops the hidden ones, replaces them, or mixes. Set `self.spec`.
+
+    Call `mask = mask.at(self.spec.grid)` first: a masker may draw on coarser units than tokens.
+    """
+
+    kind = "encoder"
+    spec: EncoderSpec
+
+    @abstractmethod
+    def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent: ...
+
+
+class Target(Component):
+    """What should be predicted. Set `self.spec`. May return values at the predicted positions only, as a `Pred`."""
+
+    kind = "target"
+    full_precision = True
+    spec: TargetSpec
+
+    @abstractmethod
+    def forward(self, step: Step, masked: Masked) -> Tensor | Pred | dict[str, Any]: ...
+
+    def reconstruct(self, pred: Pred, mask: Mask, view: Tensor) -> Tensor | None:
+        """A picture of a prediction, (B, C, H, W) in the scale of `view`, or None if the target is not an image.
+
+        Visible patches are pasted from `view`.
+        """
+        return None
+
+
+class Decoder(Component):
+    """From latent to prediction. Set `self.spec`, and `self.ask` if more than the last tokens is needed."""
+
+    kind = "decoder"
+    spec: PredSpec
+    ask: Ask = Ask()
+
+    @abstractmethod
+    def forward(self, latent: Latent, mask: Mask) -> Pred | dict[str, Any]: ...
+
+
+class Loss(Component):
+    """One number, reduced as the method's paper reduces it."""
+
+    kind = "loss"
+    full_precision = True
+    accepts: ClassVar[frozenset[Kind]] = frozenset({"dense"})
+    """Kinds of target that make sense; anything else is refused when the recipe is checked."""
+
+    @abstractmethod
+    def forward(self, pred: Pred | Any, target: Tensor | Pred | Any, mask: Mask, latent: Latent) -> Tensor: ...
+
+
+class Head(nn.Module):
+    """One prediction of a recipe: its target, decoder and loss, and the weight of its loss (a number or a schedule)."""
+
+    target: Target
+    decoder: Decoder
+    loss: Loss
+
+    def __init__(self, target: Target, decoder: Decoder, loss: Loss, weight: Curve | float = 1.0) -> None:
+        super().__init__()
+        self.target, self.decoder, self.loss, self.weight = target, decoder, loss, weight
+
+
+@dataclass
+class Parts:
+    """The built components that an objective orders."""
+
+    masker: Masker
+    encoder: Encoder
+    heads: dict[str, Head]
+    views: ViewBuilder
+    specs: Specs
+
+
+class Objective(Component):
+    """The order of a step. The one module that DDP or FSDP wraps; one call is one forward.
+
+    A method with an order of its own subclasses this; every part that trains must be registered as a submodule.
+    """
+
+    kind = "objective"
+
+    def __init__(self, config: Section, parts: Parts) -> None:
+        super().__init__(config, parts.specs)
+
+    @abstractmethod
+    def forward(self, step: Step, views: Views) -> dict[str, Tensor]:
+        """The losses of this micro-batch, already weighted; the trainer minimises their sum."""
+
+    def components(self) -> Iterable[Component]:
+        """All components inside, this one included."""
+        return (module for module in self.modules() if isinstance(module, Component))
+
+
+class ViewBuilder:
+    """From a sample to named views. `__call__` runs in a data worker, `prepare` on the device."""
+
+    kind: ClassVar[str] = "views"
+    name: ClassVar[str]
+
+    class Config(Section):
+        """No options."""
+
+    specs: dict[str, ViewSpec]
+    """What it provides, by view name. Set in `__init__`."""
+    num_random: int = 0
+    """How many uniform numbers one sample needs."""
+
+    def __init__(self, config: Section) -> None:
+        self.config = config
+
+    @abstractmethod
+    def __call__(self, sample: Sample, rand: Tensor) -> dict[str, Tensor]:
+        """sample, rand (num_random,) -> named tensors of one sample. Uses no randomness but `rand`."""
+
+    def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Samples of one micro-batch, in order, to a batch."""
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
+        """The batch on the device to views that the slots see, for example uint8 to normalised floats."""
+        return dict(batch)
+
+    def example(self, batch_size: int) -> dict[str, Tensor]:
+        """A made-up batch before `prepare`, for the preflight and benchmarks: uint8 noise of each view's shape."""
+        positions = torch.arange(batch_size)
+        return {
+            name: (rng.uniform(0, f"example {name}", positions, prod(spec.shape)) * 256).to(torch.uint8).reshape(-1, *spec.shape)
+            for name, spec in self.specs.items()
+        }
+
+    @abstractmethod
+    def evaluation_view(self, sample: Sample) -> Tensor:
+        """The deterministic view "x" of a sample for kNN and reconstructions, before `prepare`."""
+
+    def to_image(self, view: Tensor) -> Tensor:
+        """Prepared view (B, C, H, W) -> float images in [0, 1]; undoes the normalisation."""
+        return view
+
+
+class Source:
+    """Where samples come from. Reading may happen in several worker processes."""
+
+    kind: ClassVar[str] = "source"
+    name: ClassVar[str]
+
+    class Config(Section):
+        """No options."""
+
+    classes: Sequence[str] | None = None
+    """Class names if the samples carry labels."""
+    remote: bool = False
+    """True if `read` opens network connections, which do not survive a fork: workers are then started without one."""
+
+    def __init__(self, config: Section) -> None:
+        self.config = config
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, index: int) -> Sample:
+        """The sample at `index`. An unreadable one raises `mim_framework.data.decode.BrokenImage`."""
+
+    def evaluation_sources(self) -> tuple[Source, Source] | None:
+        """(train, test) with labels for kNN, or None."""
+        return None
+
+
+class CheckpointFormat:
+    """A foreign checkpoint layout that a plugin can read and perhaps write."""
+
+    kind: ClassVar[str] = "checkpoint_format"
+    name: ClassVar[str]
+
+    @abstractmethod
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        """True if the keys look like this layout."""
+
+    @abstractmethod
+    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        """The slots of a recipe (encoder, decoder, ...) that fit the weights."""
+
+    @abstractmethod
+    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Foreign state -> objective state dict keys ("encoder.…", "heads.main.decoder.…")."""
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Objective state dict -> this layout.
+
+        Raises:
+            ValueError: if the layout cannot hold the model.
+        """
+        raise ValueError(f"checkpoint format '{self.name}' cannot be written")
+
+
+KINDS: dict[str, type] = {
+    cls.kind: cls
+    for cls in (Masker, Encoder, Target, Decoder, Loss, Objective, ViewBuilder, Source, CheckpointFormat)
+}

@@ -1,0 +1,39 @@
+"""The base of every recipe section: typed, bounded, frozen, and closed to unknown keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+
+
+class Section(BaseModel):
+    """One section of a recipe. The text under a field is its help; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Choice(Section):
+    """A component chosen by name with its options inline: `{type: random, mask_ratio: 0.75}`, or just `random`.
+
+    `type` may be `package:name` where two installed packages offer the same name. The options are validated against the
+    component's own `Config` by `mim_framework.plugins.Registry.resolve`.
+    """
+
+    type: str = Field(min_length=1)
+    """Name of the component."""
+    options: dict[str, Any] = {}
+    """Its options, written beside `type`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"type": value}
+        if isinstance(value, dict):
+            return {"type": value.get("type", ""), "options": {k: v for k, v in value.items() if k != "type"}}
+        return value
+
+    @model_serializer
+    def _inline_options(self) -> dict[str, Any]:
+        return {"type": self.type, **self.options}

@@ -1,0 +1,17 @@
+"""Checkpoints of other code bases: read as data, written back in their layouts. The layouts themselves are in plugins."""
+
+from __future__ import annotations
+
+from mim_framework.convert.exporting import export_run
+from mim_framework.convert.importing import ImportReport, import_checkpoint
+from mim_framework.convert.positions import resize_position_table
+from mim_framework.convert.reading import ForeignCheckpoint, read_checkpoint
+
+__all__ = [
+    "ForeignCheckpoint",
+    "ImportReport",
+    "export_run",
+    "import_checkpoint",
+    "read_checkpoint",
+    "resize_position_table",
+]

@@ -1,0 +1,62 @@
+"""A run's weights in the layout of another code base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from mim_framework.build import load_run
+from mim_framework.components import CheckpointFormat
+from mim_framework.errors import CheckpointError
+from mim_framework.plugins import Registry
+
+SUFFIX_OF = {"official": ".pth"}
+"""Official code reads what `torch.save` writes; every other layout becomes a safetensors file."""
+
+
+def export_run(run_dir: Path, to: str, output: Path | None = None, registry: Registry | None = None) -> Path:
+    """Write the newest checkpoint of a run for other code; returns the file.
+
+    The plugin that brings the encoder brings the layouts too, as checkpoint formats named `METHOD_LAYOUT`.
+
+    Args:
+        to: the layout, `timm` or `official`.
+        output: file to write, `.safetensors` or `.pth`; by default `export/LAYOUT...` in the run directory.
+
+    Raises:
+        CheckpointError: if the plugin has no such layout, the layout cannot hold the model, or writing fails.
+    """
+    registry = registry or Registry()
+    run = load_run(run_dir, registry=registry)
+    encoder = run.objective.encoder
+    checkpoint_format = _format_of(type(encoder), to, registry)
+    state = {name: tensor.cpu() for name, tensor in run.objective.state_dict().items()}
+    try:
+        exported = checkpoint_format.export_state(state)
+    except ValueError as error:
+        raise CheckpointError(f"{run_dir} cannot be written in layout '{to}': {error}") from error
+    output = output or run_dir / "export" / f"{to}{SUFFIX_OF.get(to, '.safetensors')}"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.suffix == ".safetensors":
+            save_file({name: tensor.contiguous() for name, tensor in exported.items()}, output)
+        else:
+            torch.save({"model": exported}, output)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {output}: {error.strerror}") from error
+    return output
+
+
+def _format_of(encoder: type, to: str, registry: Registry) -> CheckpointFormat:
+    package = encoder.__module__.partition(".")[0]
+    own = {
+        name.rpartition("_")[2]: cls
+        for name, cls in registry.classes("checkpoint_format").items()
+        if cls.__module__.partition(".")[0] == package
+    }
+    if to not in own:
+        layouts = f"only {', '.join(sorted(own))}" if own else "none"
+        raise CheckpointError(f"no layout '{to}' for encoder '{encoder.name}'; its plugin has {layouts}")
+    return own[to]()

@@ -1,0 +1,89 @@
+"""What a model costs: parameters, floating-point operations per image, memory; and what the device can do at best."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mim_framework.build import build_model, make_step
+from mim_framework.plugins import Registry
+from mim_framework.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters by part, and operations per image (2 per multiply-add) of one forward and one training step."""
+
+    parameters: dict[str, int]
+    trainable: int
+    forward_flops: float
+    train_flops: float
+    tokens: int
+    positions: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights, gradients and the two moments of Adam in float32."""
+        return 4 * (sum(self.parameters.values()) + 3 * self.trainable)
+
+
+def measure_cost(recipe: Recipe, registry: Registry) -> Cost:
+    """Counts on the meta device, so that no weight is ever allocated; components that cannot run there run on the CPU."""
+    try:
+        with torch.device("meta"):
+            model = build_model(recipe, registry, load=False)
+        return _count(recipe, model, torch.device("meta"))
+    except (NotImplementedError, RuntimeError):
+        return _count(recipe, build_model(recipe, registry, load=False), torch.device("cpu"))
+
+
+def _count(recipe: Recipe, model, device: torch.device) -> Cost:
+    batch_size = 2
+    batch = {name: tensor.to(device) for name, tensor in model.views.example(batch_size).items()}
+    step = make_step(recipe, torch.arange(batch_size).to(device), teachers=model.teachers.session(), phase=recipe.phase_names()[0])
+    views = model.views.prepare(step, batch)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        loss = sum(model.objective(step, views).values())
+        forward = counter.get_total_flops()
+        loss.backward()
+    parts = {"encoder": model.specs.encoder} if hasattr(model.objective, "encoder") else {}
+    parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in model.objective.named_children()}
+    if model.teachers.sections:
+        parameters["teachers"] = sum(p.numel() for p in model.teachers.parameters())
+    positions = parts["encoder"].grid.num_patches if parts else 0
+    hidden = round(model.specs.masker.num_hidden * positions / model.specs.masker.grid.num_patches)
+    return Cost(
+        parameters={name: count for name, count in parameters.items() if count},
+        trainable=sum(p.numel() for p in model.objective.parameters() if p.requires_grad),
+        forward_flops=forward / batch_size,
+        train_flops=counter.get_total_flops() / batch_size,
+        tokens=positions - hidden if model.specs.encoder.visible_only else positions,
+        positions=positions,
+    )
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Operations per second of the device's best large matrix product in this precision, measured now."""
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    a @ b
+    synchronize(device)
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

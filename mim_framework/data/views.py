@@ -1,0 +1,181 @@
+"""Samples to views: crop and flip in a data worker, normalisation on the device.
+
+Every random choice is read from the row of uniform numbers that belongs to the sample's position in the run. The crop
+geometry is public, so that another view builder can give the same crop at a second size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor
+
+from mim_framework.components import ViewBuilder
+from mim_framework.config import Section
+from mim_framework.data.decode import (
+    MAX_PIXELS,
+    PILLOW_MAX_PIXELS,
+    Decoder,
+    Image,
+    Interpolation,
+    jpeg_decoder,
+    open_image,
+)
+from mim_framework.records import Sample, Step, Views, ViewSpec
+
+CROP_TRIES = 10
+NUM_CROP_RANDOM = 2 * CROP_TRIES + 2
+"""Uniform numbers that `random_resized_crop_box` reads: area and aspect ratio of each try, then the position."""
+
+
+class Box(NamedTuple):
+    """A region in pixels of the full-resolution image."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def random_resized_crop_box(
+    rand: Sequence[float], height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+    """The box of a random resized crop, distributed as torchvision's `RandomResizedCrop.get_params`.
+
+    Up to ten draws of an area share and a log-uniform aspect ratio, until one fits into the image; then a uniform
+    position. If none fits, the largest central crop whose aspect ratio is allowed.
+
+    Args:
+        rand: `NUM_CROP_RANDOM` uniform numbers in [0, 1).
+        scale: smallest and largest share of the image's area.
+        ratio: smallest and largest width / height.
+    """
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for i in range(CROP_TRIES):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * rand[2 * i])
+        aspect = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * rand[2 * i + 1])
+        crop_height, crop_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < crop_height <= height and 0 < crop_width <= width:
+            top = int(rand[2 * CROP_TRIES] * (height - crop_height + 1))
+            left = int(rand[2 * CROP_TRIES + 1] * (width - crop_width + 1))
+            return Box(top, left, crop_height, crop_width)
+    return central_crop_box(height, width, ratio)
+
+
+def central_crop_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
+    """The largest central box whose width / height lies within `ratio`."""
+    crop_height, crop_width = height, width
+    if width / height < ratio[0]:
+        crop_height = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        crop_width = max(1, round(height * ratio[1]))
+    return Box((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
+
+
+def resized_center_crop(image: Image, img_size: int, interpolation: Interpolation) -> Tensor:
+    """The evaluation view of the official MAE code: short side to img_size * 256 / 224, then the central square.
+
+    The square is cut before the resize, so that the work is bounded for a panorama too. An image that is not larger
+    than `img_size` has no border to spare: its short side is resized to `img_size` itself.
+
+    Returns:
+        uint8 (3, img_size, img_size).
+    """
+    height, width = image.size
+    short = min(height, width)
+    square = Box((height - short) // 2, (width - short) // 2, short, short)
+    resized_size = img_size if short <= img_size else img_size * 256 // 224
+    resized = image.crop(*square, (resized_size, resized_size), interpolation=interpolation)
+    border = (resized_size - img_size) // 2
+    return resized[:, border : border + img_size, border : border + img_size].contiguous()
+
+
+def _increasing(interval: tuple[float, float]) -> tuple[float, float]:
+    if interval[0] > interval[1]:
+        raise ValueError(f"must be [smallest, largest], got {list(interval)}")
+    return interval
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class ImageViews(ViewBuilder):
+    """One view "x": a random resized crop with a random horizontal flip, uint8 until it is on the device."""
+
+    name = "image"
+    num_random = NUM_CROP_RANDOM + 1
+
+    class Config(Section):
+        img_size: int = Field(224, gt=0)
+        """Height and width of the view, in pixels."""
+        scale: Annotated[tuple[Share, Share], AfterValidator(_increasing)] = (0.2, 1.0)
+        """Smallest and largest share of the image's area that a crop covers."""
+        ratio: Annotated[tuple[Positive, Positive], AfterValidator(_increasing)] = (3 / 4, 4 / 3)
+        """Smallest and largest width / height of a crop."""
+        flip: float = Field(0.5, ge=0, le=1)
+        """Probability of a horizontal flip."""
+        interpolation: Interpolation = "bicubic"
+        """Filter of the resize, always with antialiasing: bicubic, bilinear or lanczos."""
+        mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+        """Mean of each channel that is subtracted, for pixels in [0, 1]."""
+        std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+        """Standard deviation of each channel by which is divided, for pixels in [0, 1]."""
+        max_pixels: int = Field(MAX_PIXELS, gt=0, le=PILLOW_MAX_PIXELS)
+        """An image whose header claims more pixels is counted as broken, before anything of it is decoded."""
+        decoder: Decoder = "auto"
+        """What decodes plain JPEGs: pillow, torchcodec (pip install 'mim-framework[fast]'), or auto: the faster one
+        that is installed. The pixels are the same; all other formats go through Pillow."""
+        scaled_decode: bool = True
+        """Decode a large JPEG at 1/2, 1/4 or 1/8 size where the crop keeps twice the resolution of the view. Pixels
+        differ slightly (under 1.5 of 255 levels on average); false for full-resolution decoding."""
+
+    config: Config
+
+    def __init__(self, config: Section) -> None:
+        super().__init__(config)
+        self.specs = {"x": ViewSpec("x", (3, self.config.img_size, self.config.img_size))}
+        jpeg_decoder(self.config.decoder)  # imported before workers fork, and refused here if it is missing
+        self._normalisation: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def open(self, sample: Sample) -> Image:
+        """The sample's image, its header read.
+
+        Raises:
+            BrokenImage: if it cannot be used.
+        """
+        c = self.config
+        return open_image(
+            sample.data, sample.name, max_pixels=c.max_pixels, decoder=c.decoder, scaled_decode=c.scaled_decode
+        )
+
+    def __call__(self, sample: Sample, rand: Tensor) -> dict[str, Tensor]:
+        c = self.config
+        numbers = rand.tolist()
+        image = self.open(sample)
+        box = random_resized_crop_box(numbers, *image.size, c.scale, c.ratio)
+        flip = numbers[NUM_CROP_RANDOM] < c.flip
+        return {"x": image.crop(*box, (c.img_size, c.img_size), flip, c.interpolation)}
+
+    def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
+        """x uint8 (B, 3, H, W) on the device -> normalised float32."""
+        scale, shift = self._scale_and_shift(batch["x"].device)
+        return {**batch, "x": batch["x"].float().mul_(scale).add_(shift)}
+
+    def evaluation_view(self, sample: Sample) -> Tensor:
+        return resized_center_crop(self.open(sample), self.config.img_size, self.config.interpolation)
+
+    def to_image(self, view: Tensor) -> Tensor:
+        scale, shift = self._scale_and_shift(view.device)
+        return ((view - shift) / (scale * 255)).clamp(0, 1)
+
+    def _scale_and_shift(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(pixel / 255 - mean) / std as pixel * scale + shift, each (3, 1, 1) and kept on the device."""
+        if device not in self._normalisation:
+            mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.config.mean, self.config.std))
+            self._normalisation[device] = 1 / (255 * std), -mean / std
+        return self._normalisation[device]

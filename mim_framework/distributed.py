@@ -1,0 +1,208 @@
+"""One process or many: the process group, wrapping a module for DDP or FSDP2, full tensors for checkpoints, launching."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ContextManager, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mim_framework.errors import MimError
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run. Its reductions work on any device and do nothing with one rank."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks; the argument is left as it is."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Mean over ranks."""
+        return self.sum(tensor) / self.size
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Tensors of all ranks (the same shape everywhere), concatenated along dimension 0 in rank order."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def under_launcher() -> bool:
+    """True in a process that torchrun or `mim run` started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """`auto` -> cuda, mps or cpu, the first that there is.
+
+    Raises:
+        MimError: if the wanted device is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(kind for kind, there in available.items() if there) if wanted == "auto" else wanted
+    if not available[kind]:
+        found = ", ".join(name for name, there in available.items() if there)
+        raise MimError(f"train.device is '{kind}', but this machine has only {found}; use train.device=auto")
+    return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+
+
+@contextmanager
+def process_group(wanted_device: str) -> Iterator[tuple[World, torch.device]]:
+    """Join the ranks that the launcher started, or run alone; leave together, so that nobody aborts at exit."""
+    if not under_launcher():
+        yield World(), choose_device(wanted_device)
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = choose_device(wanted_device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():  # ranks that a test forked are already together
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank), device
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank), device
+        dist.barrier()  # without it gloo aborts now and then when one rank leaves early
+    finally:
+        dist.destroy_process_group()
+
+
+Mode = Literal["ddp", "fsdp"]
+
+
+def shard(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Shard a module over all ranks in place (FSDP2): each block is a unit, the rest another."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def wrap(
+    module: nn.Module, blocks: Iterable[nn.Module], mode: Mode, world: World, device: torch.device, *, phases: int = 1
+) -> nn.Module:
+    """The module ready for several ranks; itself with one rank. Weights must be the same on all ranks before."""
+    if world.size == 1:
+        return module
+    if mode == "fsdp":
+        shard(module, blocks, device)
+        return module
+    # Stateful components reduce their own buffers. torch 2.14 renamed the option.
+    known = inspect.signature(DistributedDataParallel).parameters
+    keep_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    # A phase may leave parameters of another optimizer without gradient; with one phase the preflight has shown that none is.
+    return DistributedDataParallel(
+        module, gradient_as_bucket_view=True, find_unused_parameters=phases > 1, **keep_buffers
+    )
+
+
+def gradient_sync(module: nn.Module, *, enabled: bool) -> ContextManager[Any]:
+    """Reduce gradients over ranks in this backward pass, or leave it to the last micro-batch."""
+    if isinstance(module, DistributedDataParallel):
+        return nullcontext() if enabled else module.no_sync()
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(enabled)
+    return nullcontext()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_full(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of rank 0, one at a time; an empty dict on the other ranks. All ranks must call it."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.is_main:
+            gathered[name] = whole.detach().to("cpu", copy=True)
+    return gathered
+
+
+def like(reference: Tensor, whole: Tensor) -> Tensor:
+    """A whole CPU tensor placed and, if the reference is sharded, sharded like it."""
+    whole = whole.to(device=reference.device, dtype=reference.dtype)
+    if not isinstance(reference, DTensor):
+        return whole
+    return distribute_tensor(whole, reference.device_mesh, reference.placements, src_data_rank=None)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(
+    arguments: list[str],
+    *,
+    nproc_per_node: int,
+    nnodes: int = 1,
+    node_rank: int | None = None,
+    rdzv_endpoint: str | None = None,
+    rdzv_id: str | None = None,
+) -> None:
+    """Start `python -m mim_framework ARGUMENTS` once per rank of this node under torch.distributed's elastic agent.
+
+    Raises:
+        MimError: if a rank fails; the message holds the rank's exit code and error.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if nnodes > 1 and not rdzv_endpoint:
+        raise MimError(f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT, an address that every node reaches")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc_per_node)))
+    config = LaunchConfig(
+        min_nodes=nnodes,
+        max_nodes=nnodes,
+        nproc_per_node=nproc_per_node,
+        run_id=rdzv_id or "mim",
+        rdzv_backend="c10d",
+        rdzv_endpoint=rdzv_endpoint or f"127.0.0.1:{free_port()}",
+        rdzv_configs={} if node_rank is None else {"rank": node_rank},
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(),
+        shutdown_timeout=120,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "mim_framework", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise MimError(f"rank {rank} ended with exit code {failure.exitcode}; its message is above") from None

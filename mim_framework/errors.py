@@ -1,0 +1,35 @@
+"""Errors that a user can cause. The command line prints them without a traceback."""
+
+from __future__ import annotations
+
+
+class MimError(Exception):
+    """Base of every error that a user can cause and cure."""
+
+
+class RecipeError(MimError):
+    """A recipe is wrong; the message lists every problem with its file and line."""
+
+
+class PluginError(MimError):
+    """A plugin or a component cannot be found or used."""
+
+
+class DataError(MimError):
+    """The images cannot be read, or too many of them are broken."""
+
+
+class CheckpointError(MimError):
+    """A checkpoint is missing, damaged or does not fit the recipe."""
+
+
+class TrainingError(MimError):
+    """Training cannot go on, for example because the loss stays non-finite."""
+
+
+def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """', did you mean 'x'?' for the nearest known name, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,216 @@
+"""What frozen features are worth: weighted k-nearest-neighbour classification, during a run and after it.
+
+Start at `knn_predict`. A run measures its encoder on the way (`online_knn`); `evaluate_run` compares raw pixels, the
+untrained and the trained encoder of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, normalize
+
+from mim_framework import rng
+from mim_framework.components import Encoder, Source, ViewBuilder
+from mim_framework.config import Section
+from mim_framework.data.loader import evaluation_batches
+from mim_framework.errors import DataError, MimError
+from mim_framework.evaluate import evaluation_mode
+from mim_framework.records import Mask
+
+if TYPE_CHECKING:
+    from mim_framework.plugins import Registry
+
+MAX_RAW_SIDE = 32
+"""Raw pixels are compared at this size at most, as larger images would not fit into memory."""
+_SIMILARITIES_AT_ONCE = 2**24
+
+
+class KNNSection(Section):
+    """k-nearest-neighbour classification on frozen features, where the source has labels."""
+
+    every_epochs: float = Field(20.0, ge=0)
+    """Epochs between two evaluations; 0 for one at the end only."""
+    k: int = Field(20, gt=0)
+    """Neighbours that vote."""
+    temperature: float = Field(0.07, gt=0)
+    """A neighbour votes with the weight exp(cosine similarity / temperature)."""
+    pool: Literal["mean", "cls"] = "mean"
+    """Feature of an image: the mean of its patch tokens, or the class token."""
+    max_train: int = Field(50_000, gt=0)
+    """Labelled images that can be neighbours; of a larger set, a fixed random choice."""
+    max_test: int = Field(10_000, gt=0)
+    """Images that are classified; of a larger set, a fixed random choice."""
+    batch_size: int = Field(256, gt=0)
+    """Images per forward pass."""
+
+
+class EvaluateSection(Section):
+    """What is measured on the way."""
+
+    knn: KNNSection | None = KNNSection()
+    """k-nearest-neighbour classification; null for none."""
+
+
+def knn_predict(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, *, k: int, temperature: float, num_classes: int
+) -> Tensor:
+    """train_x (n, D), train_y (n,), test_x (m, D) -> classes (m,) int64.
+
+    The k training features of highest cosine similarity vote for their class with weight exp(similarity / temperature),
+    as in Wu et al. 2018, "Unsupervised feature learning via non-parametric instance discrimination", section 3.4.
+    """
+    k = min(k, len(train_x))
+    chunk = max(1, _SIMILARITIES_AT_ONCE // len(train_x))
+    with torch.autocast(train_x.device.type, enabled=False):  # bfloat16 would blur which neighbours are nearest
+        train_x = normalize(train_x.float()).t()
+        predicted = []
+        for part in normalize(test_x.float()).split(chunk):
+            similarity, neighbours = (part @ train_x).topk(k)
+            votes = torch.zeros(len(part), num_classes, device=part.device)
+            votes.scatter_add_(1, train_y[neighbours], (similarity / temperature).exp())
+            predicted.append(votes.argmax(1))
+    return torch.cat(predicted)
+
+
+Extract = Callable[[Tensor], Tensor]
+"""Prepared view (B, C, H, W) -> features (B, D)."""
+
+
+def pooled_tokens(encoder: Encoder, pool: Literal["mean", "cls"] = "mean") -> Extract:
+    """The encoder's feature of an image of which nothing is hidden.
+
+    Raises:
+        MimError: if the class token is wanted of an encoder that has none.
+    """
+    if pool == "cls" and not encoder.spec.num_prefix_tokens:
+        raise MimError(f"evaluate.knn.pool is 'cls', but encoder '{encoder.name}' has no class token; use pool=mean")
+
+    def extract(view: Tensor) -> Tensor:
+        latent = encoder(view, Mask.none(len(view), encoder.spec.grid, view.device))
+        return latent.prefix[:, 0] if pool == "cls" else latent.pooled()
+
+    return extract
+
+
+def raw_pixels(views: ViewBuilder) -> Extract:
+    """The pixels in [0, 1] as they are, averaged down to 32x32 if there are more: what any encoder should beat."""
+
+    def extract(view: Tensor) -> Tensor:
+        images = views.to_image(view)
+        height, width = (min(size, MAX_RAW_SIDE) for size in images.shape[-2:])
+        return adaptive_avg_pool2d(images, (height, width)).flatten(1)
+
+    return extract
+
+
+@torch.no_grad()
+def features(
+    extract: Extract,
+    views: ViewBuilder,
+    source: Source,
+    *,
+    batch_size: int,
+    device: torch.device,
+    limit: int | None = None,
+    workers: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The features (n, D) float32 and labels (n,) int64 of a source's labelled images, on the device.
+
+    Args:
+        limit: of more images than this, a random choice that is the same each time.
+        workers: processes that read images.
+
+    Raises:
+        DataError: if no image has a label.
+    """
+    chosen = rng.permutation(0, "evaluation", len(source))[:limit].sort().values.tolist()
+    found = []
+    for batch, labels in evaluation_batches(source, views, batch_size, indices=chosen, workers=workers):
+        on_device = {name: view.to(device, non_blocking=True) for name, view in batch.items()}
+        found.append((extract(views.prepare(None, on_device)["x"]).float(), labels.to(device)))
+    x, y = (torch.cat(column) for column in zip(*found, strict=True)) if found else (None, torch.empty(0))
+    labelled = y >= 0
+    if x is None or not bool(labelled.any()):
+        raise DataError(f"kNN needs labelled images, source '{source.name}' has none that can be read")
+    return x[labelled], y[labelled]
+
+
+def knn_top1(
+    extract: Extract,
+    views: ViewBuilder,
+    sources: tuple[Source, Source],
+    section: KNNSection,
+    device: torch.device,
+    *,
+    workers: int = 0,
+) -> float:
+    """Share of the test images that their neighbours among the training images classify rightly.
+
+    Args:
+        sources: (train, test), as `Source.evaluation_sources` gives them.
+    """
+    (train_x, train_y), (test_x, test_y) = (
+        features(extract, views, source, batch_size=section.batch_size, device=device, limit=limit, workers=workers)
+        for source, limit in zip(sources, (section.max_train, section.max_test), strict=True)
+    )
+    num_classes = int(train_y.max()) + 1
+    predicted = knn_predict(
+        train_x, train_y, test_x, k=section.k, temperature=section.temperature, num_classes=num_classes
+    )
+    return float((predicted == test_y).double().mean())
+
+
+def online_knn(
+    encoder: Encoder,
+    views: ViewBuilder,
+    sources: tuple[Source, Source],
+    section: KNNSection,
+    device: torch.device,
+    *,
+    workers: int = 0,
+) -> float:
+    """`knn_top1` of an encoder, which is left in the mode in which it was."""
+    with evaluation_mode(encoder):
+        return knn_top1(pooled_tokens(encoder, section.pool), views, sources, section, device, workers=workers)
+
+
+def evaluate_run(
+    run_dir: Path,
+    *,
+    checkpoint: Path | None = None,
+    registry: Registry | None = None,
+    section: KNNSection | None = None,
+) -> dict[str, float]:
+    """kNN top-1 of `raw_pixels`, of the `untrained` encoder (same recipe and seed) and of the `trained` one.
+
+    Args:
+        checkpoint: by default the newest whole one of the run.
+        section: by default the recipe's `evaluate.knn`.
+
+    Raises:
+        DataError: if the run's source has no labelled images.
+        CheckpointError: if there is no whole checkpoint.
+    """
+    from mim_framework.build import load_run  # builds from recipes, one section of which is defined above
+
+    run = load_run(run_dir, checkpoint=checkpoint, registry=registry)
+    sources = run.source.evaluation_sources()
+    if sources is None:
+        raise DataError(
+            f"kNN needs labelled images to learn from and to test on; source '{run.source.name}' of {run_dir} has "
+            "none. A folder has them with data.source.labels=true and data.source.eval_root=FOLDER"
+        )
+    section = section or run.recipe.evaluate.knn or KNNSection()
+    workers = run.recipe.data.num_workers
+    untrained = load_run(run_dir, trained=False, registry=registry).objective.encoder
+    return {
+        "raw_pixels": knn_top1(raw_pixels(run.views), run.views, sources, section, run.device, workers=workers),
+        "untrained": online_knn(untrained, run.views, sources, section, run.device, workers=workers),
+        "trained": online_knn(run.objective.encoder, run.views, sources, section, run.device, workers=workers),
+    }

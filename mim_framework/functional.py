@@ -1,0 +1,56 @@
+"""Small tensor functions that several components share: gathering tokens, cutting patches, position tables."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mim_framework.records import Grid
+
+
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    """tokens (B, N, D), ids (B, K) -> (B, K, D)."""
+    return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[-1]))
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """images (B, C, H, W) -> (B, L, P*P*C), patches in raster order, inside a patch (row, column, channel) as in MAE.
+
+    Raises:
+        ValueError: if the image is not a whole number of patches.
+    """
+    batch, chans, height, width = images.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"image size {height}x{width} is not a multiple of patch_size {patch_size}")
+    cells = images.reshape(batch, chans, height // patch_size, patch_size, width // patch_size, patch_size)
+    return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size * patch_size * chans)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: Grid) -> Tensor:
+    """Inverse of `patchify`: patches (B, L, P*P*C) on `grid` -> images (B, C, H, W)."""
+    rows, columns = grid.shape
+    cells = patches.reshape(len(patches), rows, columns, patch_size, patch_size, -1)
+    return cells.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * patch_size, columns * patch_size)
+
+
+def sincos_position_table(dim: int, grid: Grid, *, row_first: bool = False) -> Tensor:
+    """Fixed 2-D sin-cos positions (N, dim) float32, angles in float64, in the order of MAE's `util/pos_embed.py`.
+
+    The first half of the channels encodes the column, the second half the row; within a half all sines come first.
+    `row_first` exchanges the halves, as mmpretrain has them.
+
+    Raises:
+        ValueError: if `dim` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"a 2-D sin-cos position table needs a width that is a multiple of 4, got {dim}")
+    rows, columns = grid.shape
+    frequencies = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4.0))
+    row, column = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
+    )
+    halves = []
+    for coordinate in (row, column) if row_first else (column, row):
+        angles = coordinate.reshape(-1, 1) * frequencies
+        halves += [angles.sin(), angles.cos()]
+    return torch.cat(halves, dim=1).float()

@@ -1,0 +1,36 @@
+"""The order of a training step over the five slots. `trainer.py` calls it; the two files are the whole step."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+
+from torch import Tensor, nn
+
+from mim_framework.components import Objective, Parts
+from mim_framework.config import Section
+from mim_framework.records import Ask, Step, Views
+
+
+class MaskedPrediction(Objective):
+    """Mask, encode, then for every head: target, decode, loss. What most of the field does."""
+
+    name = "masked_prediction"
+
+    def __init__(self, config: Section, parts: Parts) -> None:
+        super().__init__(config, parts)
+        self.masker = parts.masker
+        self.encoder = parts.encoder
+        self.heads = nn.ModuleDict(parts.heads)
+        self.ask = reduce(or_, (head.decoder.ask for head in parts.heads.values()), Ask())
+
+    def forward(self, step: Step, views: Views) -> dict[str, Tensor]:
+        masked = self.masker(step, views)
+        mask = masked.masks["x"]
+        latent = self.encoder(masked.views["x"], mask, self.ask)
+        losses = dict(masked.losses)
+        for name, head in self.heads.items():
+            target = head.target(step, masked)
+            pred = head.decoder(latent, mask)
+            losses[name] = step.value(head.weight) * head.loss(pred, target, mask, latent)
+        return losses

@@ -1,0 +1,190 @@
+"""A run: its directory, its batch arithmetic, and the numbers that every part of the trainer needs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mim_framework.build import Model
+from mim_framework.checkpoint import list_checkpoints
+from mim_framework.components import Source
+from mim_framework.data.loader import Batch, BatchLayout
+from mim_framework.distributed import World
+from mim_framework.errors import MimError, RecipeError
+from mim_framework.plugins import Registry
+from mim_framework.recipe import Recipe, dump_recipe, load_recipe
+from mim_framework.records import Step
+
+MAY_CHANGE = (
+    "description", "output_dir", "init", "data.workers", "data.prefetch_factor", "data.source.root", "data.max_broken",
+    "train.batch_size", "train.device", "train.precision", "train.distributed", "train.compile",
+    "train.max_nonfinite_steps", "log", "checkpoint", "evaluate",
+)  # fmt: skip
+"""Keys that a resumed run may change: none of them changes what is learned, beyond rounding."""
+
+
+@dataclass
+class Run:
+    """What the trainer works on and the run hooks are given."""
+
+    dir: Path
+    recipe: Recipe
+    world: World
+    device: torch.device
+    model: Model
+    source: Source
+    layout: BatchLayout
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def epochs(self) -> float:
+        """Length of the run in epochs."""
+        return self.recipe.train.epochs or self.total_steps / self.steps_per_epoch
+
+    def epoch(self, index: int) -> float:
+        """Fractional epoch at the start of an optimizer step, rounded as in MAE's `engine_pretrain.py`."""
+        return (index % self.steps_per_epoch) / self.steps_per_epoch + index // self.steps_per_epoch
+
+    def due(self, done: int, every_epochs: float | None) -> bool:
+        """True after the last step of every so many epochs, `done` steps into the run."""
+        return bool(every_epochs) and done % max(1, round(every_epochs * self.steps_per_epoch)) == 0
+
+    def step(self, index: int, batch: Batch, phase: str) -> Step:
+        """A step as the components see it."""
+        return Step(
+            index=index,
+            total=self.total_steps,
+            epoch=self.epoch(index),
+            epochs=self.epochs,
+            positions=batch.positions,
+            seed=self.recipe.seed,
+            world=self.world,
+            phase=phase,
+            teachers=self.model.teachers.session(),
+        )
+
+
+def run_length(recipe: Recipe, num_images: int) -> tuple[int, int]:
+    """(steps per epoch, total steps). An epoch is floor(images / total_batch_size) steps, at least one."""
+    steps_per_epoch = max(1, num_images // recipe.train.total_batch_size)
+    if recipe.train.steps is not None:
+        return steps_per_epoch, recipe.train.steps
+    assert recipe.train.epochs is not None
+    return steps_per_epoch, max(1, math.ceil(round(recipe.train.epochs * steps_per_epoch, 6)))
+
+
+def batch_layout(recipe: Recipe, rank: int, world_size: int) -> BatchLayout:
+    """The total batch divided into ranks and micro-batches.
+
+    Raises:
+        RecipeError: if it does not divide; the message names a total that does.
+    """
+    total = recipe.train.total_batch_size
+    unit = (recipe.train.batch_size or max(1, total // world_size)) * world_size
+    if total % unit:
+        near = max(1, round(total / unit)) * unit
+        micro = f"train.batch_size {recipe.train.batch_size} x " if recipe.train.batch_size else ""
+        raise RecipeError(
+            f"{recipe.location('train.total_batch_size')}: {total} images do not divide into {micro}{world_size} ranks; "
+            f"use {near}, for example"
+        )
+    return BatchLayout(total, unit // world_size, rank, world_size)
+
+
+def uses_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether the forward pass runs under bfloat16 autocast. `auto`: where the device has it in hardware."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and cpu_has_bfloat16()
+
+
+def cpu_has_bfloat16() -> bool:
+    """True if the processor multiplies bfloat16 matrices in hardware (Linux; False where that cannot be told)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def prepare_directory(recipe: Recipe, registry: Registry, world: World, *, fresh: bool) -> Path:
+    """Create the run directory with `recipe.yaml` and `environment.json`, or check that an existing one is this run's.
+
+    Raises:
+        RecipeError: if the directory holds a run of another recipe, or any run and `fresh` is set.
+        MimError: if it cannot be written.
+    """
+    directory = run_directory(recipe)
+    written = directory / "recipe.yaml"
+    if written.exists() and list_checkpoints(directory / "checkpoints"):
+        if fresh:
+            raise RecipeError(f"{directory} holds a run already, and --fresh refuses to go on with it; choose another name")
+        changed = changed_keys(load_recipe(written, [], registry), recipe)
+        if changed:
+            raise RecipeError(
+                f"{directory} holds a run of another recipe, which cannot be resumed: {'; '.join(changed)}. "
+                "Undo the change, or give the run another name: name=..."
+            )
+    if world.is_main:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            written.write_text(dump_recipe(recipe))
+            (directory / "environment.json").write_text(json.dumps(environment(registry, world), indent=1) + "\n")
+        except OSError as error:
+            raise MimError(f"output_dir {recipe.output_dir}: cannot write {error.filename or directory}: {error.strerror}") from error
+    world.barrier()
+    return directory
+
+
+def run_directory(recipe: Recipe) -> Path:
+    """Where the recipe's run lives."""
+    return Path(recipe.output_dir) / recipe.name
+
+
+def changed_keys(old: Recipe, new: Recipe) -> list[str]:
+    """Keys whose change would make the resumed run another run, as 'key: old -> new'."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, child in value.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def environment(registry: Registry, world: World) -> dict[str, Any]:
+    """Versions and hardware, for the record. Names of environment variables, never their values."""
+    packages = ["mim-framework", "torch", "torchvision", "timm", "pydantic", "torchdata", "Pillow", "torchcodec"]
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": found,
+        "plugins": {plugin.name: plugin.version for plugin in registry.plugins()},
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.processor() or "cpu"],
+        "world_size": world.size,
+        "cpu_count": os.cpu_count(),
+        "arguments": sys.argv,
+    }

@@ -1,0 +1,68 @@
+"""Schedules: numbers that change during a run, as pure functions of the step.
+
+A schedule stands anywhere in a recipe where a component's config says `Schedule`: `0.75`, or
+`{shape: cosine, from: 0.996, to: 1.0}`. The learning rate is such a schedule with a warm-up.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mim_framework.config import Section
+
+
+class Curve(Section):
+    """A value that moves from `from` to `to` over the run, after an optional linear warm-up."""
+
+    shape: Literal["cosine", "linear", "constant", "step"] = "cosine"
+    """Form of the way from `from` to `to`: half a cosine, a line, none (stays at `from`), or jumps at `milestones`."""
+    start: float = Field(alias="from")
+    """Value after the warm-up."""
+    end: float | None = Field(None, alias="to")
+    """Value at the end of the run; not for `constant` and `step`."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Epochs of linear warm-up from `warmup_from` to `from`."""
+    warmup_from: float = 0.0
+    """Value at step 0 when there is a warm-up."""
+    milestones: tuple[float, ...] = ()
+    """Epochs at which a `step` schedule multiplies its value by `gamma`."""
+    gamma: float = 0.1
+    """Factor at each milestone."""
+
+    model_config = {**Section.model_config, "validate_by_name": True, "validate_by_alias": True, "serialize_by_alias": True}
+
+    @model_validator(mode="after")
+    def _complete(self) -> Curve:
+        if self.shape in ("cosine", "linear") and self.end is None:
+            raise ValueError(f"a {self.shape} schedule needs 'to', the value at the end of the run")
+        return self
+
+
+Schedule = Annotated[float | Curve, Field(union_mode="smart")]
+"""A plain number or a curve."""
+
+
+def value_at(schedule: Curve | float, epoch: float, epochs: float) -> float:
+    """The value at fractional `epoch` of a run of `epochs`.
+
+    The arithmetic, down to its order, is that of MAE's `util/lr_sched.py`: a linear warm-up, then half a cosine.
+    """
+    if not isinstance(schedule, Curve):
+        return float(schedule)
+    warmup = schedule.warmup_epochs
+    if epoch < warmup:
+        return schedule.warmup_from + (schedule.start - schedule.warmup_from) * epoch / warmup
+    if schedule.shape == "constant":
+        return schedule.start
+    if schedule.shape == "step":
+        return schedule.start * schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
+    assert schedule.end is not None
+    span = epochs - warmup
+    elapsed = min(epoch - warmup, span)
+    if schedule.shape == "linear":
+        return schedule.start + (schedule.end - schedule.start) * (elapsed / span if span else 1.0)
+    half_cosine = 0.5 * (1.0 + math.cos(math.pi * elapsed / span)) if span else 0.0
+    return schedule.end + (schedule.start - schedule.end) * half_cosine

@@ -1,0 +1,95 @@
+"""What a checkpoint of a run holds, to and from whole CPU tensors, whatever the number of ranks and the sharding.
+
+Groups: `model` (names of the objective), `teachers`, and `optimizer.NAME` (parameter name | state key).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mim_framework.checkpoint import Checkpoint
+from mim_framework.distributed import World, gather_full, like
+from mim_framework.errors import CheckpointError
+from mim_framework.optim import Optimizer
+
+
+def gather(objective: nn.Module, teachers: nn.Module, optimizers: dict[str, Optimizer], world: World) -> dict[str, dict[str, Tensor]]:
+    """All groups, whole, on rank 0. Every rank must call it."""
+    groups = {"model": gather_full(objective.state_dict(), world), "teachers": gather_full(teachers.state_dict(), world)}
+    for name, optimizer in optimizers.items():
+        groups[f"optimizer.{name}"] = gather_full(_optimizer_tensors(optimizer), world)
+    return {name: tensors for name, tensors in groups.items() if tensors}
+
+
+def restore(checkpoint: Checkpoint, objective: nn.Module, teachers: nn.Module, optimizers: dict[str, Optimizer]) -> None:
+    """The inverse, on every rank, for modules that are already wrapped or sharded.
+
+    Raises:
+        CheckpointError: if the checkpoint does not fit the model.
+    """
+    _restore_module(objective, checkpoint.tensors("model"), f"{checkpoint.path}: model")
+    if teachers.state_dict():
+        _restore_module(teachers, checkpoint.tensors("teachers"), f"{checkpoint.path}: teachers")
+    for name, optimizer in optimizers.items():
+        _restore_optimizer(optimizer, checkpoint.tensors(f"optimizer.{name}"))
+
+
+def _restore_module(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    own = module.state_dict()
+    if own.keys() != tensors.keys():
+        differing = sorted(own.keys() ^ tensors.keys())
+        raise CheckpointError(f"{where}: {len(differing)} names differ from the recipe's model, first '{differing[0]}'")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise CheckpointError(f"{where}: '{name}' is {tuple(tensor.shape)}, the recipe needs {tuple(own[name].shape)}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(like(tensor, tensors[name]))
+
+
+def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    state = optimizer.optimizer.state
+    return {
+        f"{name}|{key}": value
+        for name, parameter in zip(optimizer.parameter_names, optimizer.parameters, strict=True)
+        for key, value in state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def scalars(optimizers: dict[str, Optimizer]) -> dict[str, Any]:
+    """Plain numbers that some optimizers keep besides tensors, for the checkpoint's JSON."""
+    return {
+        f"{key}|{name}|{entry}": value
+        for key, optimizer in optimizers.items()
+        for name, parameter in zip(optimizer.parameter_names, optimizer.parameters, strict=True)
+        for entry, value in optimizer.optimizer.state.get(parameter, {}).items()
+        if isinstance(value, (int, float))
+    }
+
+
+def restore_scalars(optimizers: dict[str, Optimizer], values: dict[str, Any]) -> None:
+    """Inverse of `scalars`; after `restore`."""
+    for path, value in values.items():
+        key, name, entry = path.split("|")
+        optimizer = optimizers[key]
+        parameter = optimizer.parameters[optimizer.parameter_names.index(name)]
+        optimizer.optimizer.state[parameter][entry] = value
+
+
+def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Through the optimizer's own `load_state_dict`, which knows on which device each entry belongs."""
+    state: dict[int, dict[str, Tensor]] = {}
+    number = {name: index for index, name in enumerate(optimizer.parameter_names)}
+    for path, tensor in tensors.items():
+        name, key = path.split("|")
+        if name not in number:
+            raise CheckpointError(f"optimizer state of '{name}', which the recipe's optimizer '{optimizer.name}' does not hold")
+        parameter = optimizer.parameters[number[name]]
+        fits = tensor.shape == parameter.shape
+        state.setdefault(number[name], {})[key] = like(parameter, tensor) if fits and tensor.ndim else tensor
+    groups = optimizer.optimizer.state_dict()["param_groups"]
+    optimizer.optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,49 @@
+"""The recipe sections of a training run's length, batch and hardware; `trainer.py` reads them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mim_framework.config import Section
+
+
+class TrainSection(Section):
+    """How long, how many images at a time, on what."""
+
+    total_batch_size: int = Field(gt=0)
+    """Images per optimizer step, over all ranks and accumulation steps."""
+    batch_size: int | None = Field(None, gt=0)
+    """Images per rank and micro-batch. By default the total divided by the ranks, without accumulation."""
+    epochs: float | None = Field(None, gt=0)
+    """Length of the run in epochs; an epoch is floor(images / total_batch_size) steps, as with `drop_last`."""
+    steps: int | None = Field(None, gt=0)
+    """Length of the run in optimizer steps, instead of `epochs`."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """`auto` takes cuda, mps or cpu, the first that there is."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward pass. `auto` is bfloat16 autocast where the device has it in hardware. Weights stay float32."""
+    distributed: Literal["ddp", "fsdp"] = "ddp"
+    """Replicate the model on every rank, or shard it (FSDP2)."""
+    compile: bool = False
+    """Compile every transformer block with `torch.compile`."""
+    max_nonfinite_steps: int = Field(5, ge=0)
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give the length of the run as 'epochs' or as 'steps', one of the two")
+        return self
+
+
+class PhaseSection(Section):
+    """One pass of a step. Most methods have a single phase that steps every optimizer."""
+
+    name: str
+    """What `step.phase` says during this pass."""
+    optimizers: tuple[str, ...]
+    """Names of the optimizers that step at its end."""
+    sign: Literal[1, -1] = 1
+    """-1 maximises the loss (an adversarial masker)."""

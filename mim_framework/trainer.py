@@ -1,0 +1,314 @@
+"""The training loop. Read `Trainer.train_step` and then `objective.py`: the two are one whole training step.
+
+Plugins hook in around the step, never inside it. Everything random follows from the sample positions, schedules are pure
+functions of the step, and a checkpoint holds the rest; so a resumed run goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mim_framework import checkpoint, rng, state
+from mim_framework.build import build_model, build_source, preflight
+from mim_framework.data.loader import Batch, Loader
+from mim_framework.distributed import World, gradient_sync, process_group, shard, wrap
+from mim_framework.errors import DataError, TrainingError
+from mim_framework.evaluate.knn import online_knn
+from mim_framework.evaluate.reconstruct import draw_fixed
+from mim_framework.metrics import MetricsWriter, Throughput
+from mim_framework.optim import Optimizer, assign
+from mim_framework.plugins import Registry
+from mim_framework.recipe import Recipe
+from mim_framework.report import Progress
+from mim_framework.run import Run, batch_layout, prepare_directory, run_length, uses_bfloat16
+
+
+def train(recipe: Recipe, registry: Registry, *, fresh: bool = False) -> Path:
+    """Train a recipe, or go on with it if its run directory holds a checkpoint; returns the run directory.
+
+    Args:
+        fresh: refuse a run directory that already holds a run.
+
+    Raises:
+        MimError: for everything that a user can cause and cure.
+    """
+    with process_group(recipe.train.device) as (world, device):
+        trainer = Trainer(recipe, registry, world, device, fresh=fresh)
+        trainer.fit()
+        return trainer.run.dir
+
+
+class Trainer:
+    """One run on one rank."""
+
+    def __init__(
+        self, recipe: Recipe, registry: Registry, world: World, device: torch.device, *, fresh: bool = False
+    ) -> None:
+        self.hook = registry.hook
+        layout = batch_layout(recipe, world.rank, world.size)
+        directory = prepare_directory(recipe, registry, world, fresh=fresh)
+        model = build_model(recipe, registry).to(device)
+        preflight(model, device)
+        source = build_source(recipe, registry)
+        if len(source) == 0:
+            raise DataError(f"data.source '{recipe.data.source.type}' has no images")
+        self.run = Run(directory, recipe, world, device, model, source, layout, *run_length(recipe, len(source)))
+        self.objective, self.teachers = model.objective, model.teachers
+        self.phases = recipe.named_phases()
+        self.model = self._distribute()
+        self.optimizers = self._make_optimizers()
+        self.autocast = torch.autocast(device.type, torch.bfloat16, uses_bfloat16(recipe.train.precision, device))
+        self.stop_signal, self.stop_agreed = 0, False
+        self.window: dict[str, float] = {}  # sums of what was measured since the last line of the log
+        self.nonfinite_in_a_row = 0
+        self.start = self._resume()
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def train_step(self, index: int, micro_batches: list[Batch]) -> dict[str, float]:
+        """One optimizer step per phase. Returns the means over micro-batches and ranks of what was measured."""
+        torch.manual_seed(self._step_seed(index))  # dropout and the like, so that they resume exactly
+        measured: dict[str, float] = {}
+        for phase in self.phases:
+            optimizers = [self.optimizers[name] for name in phase.optimizers]
+            history = []
+            for micro, batch in enumerate(micro_batches):
+                step = self.run.step(index, batch, phase.name)
+                views = self.run.model.views.prepare(step, batch.views)
+                with gradient_sync(self.model, enabled=micro == len(micro_batches) - 1):
+                    with self.autocast:
+                        losses = self.model(step, views)
+                    loss = sum(losses.values())
+                    (phase.sign * loss / len(micro_batches)).backward()
+                history.append({"loss": loss.detach(), **{f"loss/{name}": part.detach() for name, part in losses.items()}})
+            for component in self.objective.components():
+                component.before_step(step)
+            for optimizer in optimizers:
+                optimizer.schedule(step)
+            grad_norms = {optimizer.name: optimizer.clip() for optimizer in optimizers}
+            summary = self._summarise(history, grad_norms)  # the one wait for the device
+            if all(math.isfinite(value) for value in summary.values()):
+                for optimizer in optimizers:
+                    optimizer.step()
+                for component in self.objective.components():
+                    component.after_step(step)
+                self.teachers.update(step, self.objective)
+            else:
+                self._record_nonfinite(index, phase.name, micro_batches, history)
+            self.objective.zero_grad(set_to_none=True)
+            measured |= summary if len(self.phases) == 1 else {f"{phase.name}/{key}": v for key, v in summary.items()}
+        return measured
+
+    def fit(self) -> None:
+        """All steps that are left, with logging, evaluation and checkpoints after each."""
+        run, error = self.run, None
+        self.hook.mim_run_started(run=run)
+        try:
+            with self._stop_on_signal(), self._observed(), closing(iter(self.loader)) as batches:
+                for index in range(self.start, run.total_steps):
+                    micro_batches = [next(batches) for _ in range(run.layout.accum_steps)]
+                    self._after_step(index + 1, self.train_step(index, micro_batches))
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self.hook.mim_run_finished(run=run, error=error)
+
+    def _summarise(self, history: list[dict[str, Tensor]], grad_norms: dict[str, Tensor]) -> dict[str, float]:
+        """Means over micro-batches and ranks, gradient norms, and whether any rank was told to stop; one reduction."""
+        values = {name: torch.stack([entry[name].float() for entry in history]).mean() for name in history[0]}
+        for name, norm in grad_norms.items():
+            values["grad_norm" if len(grad_norms) == 1 else f"grad_norm/{name}"] = norm.float()
+        told = torch.tensor(float(self.stop_signal > 0), device=self.run.device)
+        *means, stop = self.run.world.mean(torch.stack([*values.values(), told])).tolist()
+        self.stop_agreed = self.stop_agreed or stop > 0
+        return dict(zip(values, means, strict=True))
+
+    def _record_nonfinite(self, index: int, phase: str, micro_batches: list[Batch], history: list[dict[str, Tensor]]) -> None:
+        """A line of nonfinite.jsonl: the sample positions of the micro-batches, on any rank, whose loss was not finite."""
+        world = self.run.world
+        losses = world.gather(torch.stack([entry["loss"].float() for entry in history]))
+        positions = world.gather(torch.stack([batch.positions for batch in micro_batches]))
+        bad = ~losses.isfinite()
+        cause = "loss" if bool(bad.any()) else "gradient"
+        if world.is_main:
+            samples = positions[bad] if cause == "loss" else positions
+            line = {"step": index, "phase": phase, "cause": cause, "positions": samples.flatten().tolist()}
+            with (self.run.dir / "nonfinite.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.progress.note(f"step {index}: the {cause} is not finite, no update (see nonfinite.jsonl)")
+
+    def _step_seed(self, index: int) -> int:
+        """Seed of the global generators for a step, another on every rank."""
+        position = torch.tensor([index * self.run.world.size + self.run.world.rank])
+        return int(rng.random_bits(self.run.recipe.seed, "global generator", position, 1)) & (2**63 - 1)
+
+    # --- after a step; `done` counts the finished ones -----------------------------------------------------------------
+
+    def _after_step(self, done: int, measured: dict[str, float]) -> None:
+        run, recipe = self.run, self.run.recipe
+        last = done == run.total_steps
+        self._count(done, measured)
+        self.throughput.step(run.layout.total_batch_size, self.loader.wait_seconds)
+        self.progress.update(done, measured, lr=self._rates(), throughput=self.throughput)
+        if done % recipe.log.every_steps == 0 or last:
+            self._log(done)
+        if recipe.evaluate.knn is not None and (last or run.due(done, recipe.evaluate.knn.every_epochs)):
+            self._evaluate(done)
+        if last or run.due(done, recipe.log.images_every_epochs):
+            self._draw(done)
+        if last or self.stop_agreed or self._checkpoint_due(done):
+            self._save(done)
+        if self.stop_agreed and not last:
+            self.progress.note(f"stopped by signal after step {done}; the same command goes on from here")
+            raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
+
+    def _count(self, done: int, measured: dict[str, float]) -> None:
+        if all(math.isfinite(value) for value in measured.values()):
+            self.nonfinite_in_a_row = 0
+            for name, value in {**measured, "steps": 1.0}.items():
+                self.window[name] = self.window.get(name, 0.0) + value
+            return
+        self.nonfinite_in_a_row += 1
+        if self.nonfinite_in_a_row > self.run.recipe.train.max_nonfinite_steps:
+            raise TrainingError(
+                f"the loss or its gradient was not finite in {self.nonfinite_in_a_row} steps in a row, up to step {done}; "
+                f"the samples are in {self.run.dir / 'nonfinite.jsonl'}. Lower the learning rate, set optim.clip_grad_norm or "
+                "use train.precision=float32. The last checkpoint is from before"
+            )
+
+    def _log(self, done: int) -> None:
+        run = self.run
+        steps = self.window.pop("steps", 0.0)
+        line = {"epoch": run.epoch(done), **{name: total / steps for name, total in self.window.items()}, **self._rates()}
+        self.window = {}
+        for component in self.objective.components():
+            line |= {f"{component.name}/{name}": float(value) for name, value in component.metrics().items()}
+        line |= {f"broken/{cause}": float(count) for cause, count in self.loader.broken_counts.items()}
+        line |= self.throughput.take()
+        if run.world.is_main:
+            self.metrics.write(done, line)
+            self.hook.mim_metrics_logged(run=run, step=done, metrics=line)
+
+    def _evaluate(self, done: int) -> None:
+        """Online kNN. Every rank computes it, since a sharded encoder needs all of them."""
+        run, sources = self.run, self.run.source.evaluation_sources()
+        if sources is None:
+            return
+        with self.autocast:
+            top1 = online_knn(self.objective.encoder, run.model.views, sources, run.recipe.evaluate.knn, run.device)
+        if run.world.is_main:
+            self.metrics.write(done, {"knn_top1": top1})
+            self.progress.note(f"step {done}: kNN top-1 {100 * top1:.1f} %")
+
+    def _draw(self, done: int) -> None:
+        with self.autocast:
+            picture = draw_fixed(self.objective, run=self.run)
+        if picture is not None and self.run.world.is_main:
+            self.metrics.image("reconstructions", picture, done)
+
+    def _save(self, done: int) -> None:
+        run, recipe = self.run, self.run.recipe
+        groups = state.gather(self.objective, self.teachers, self.optimizers, run.world)
+        if run.world.is_main:
+            numbers = {
+                "window": self.window,
+                "nonfinite_in_a_row": self.nonfinite_in_a_row,
+                "optimizer_scalars": state.scalars(self.optimizers),
+            }
+            path = checkpoint.save_checkpoint(run.dir / "checkpoints", done, groups, numbers)
+            checkpoint.prune(run.dir / "checkpoints", recipe.checkpoint, run.steps_per_epoch)
+            self.hook.mim_checkpoint_saved(run=run, path=path)
+        run.world.barrier()
+
+    def _checkpoint_due(self, done: int) -> bool:
+        section = self.run.recipe.checkpoint
+        every_steps = bool(section.every_steps) and done % section.every_steps == 0
+        return every_steps or self.run.due(done, section.every_epochs)
+
+    def _rates(self) -> dict[str, float]:
+        """The learning rates of the last step."""
+        return {"lr" if len(self.optimizers) == 1 else f"lr/{name}": o.lr for name, o in self.optimizers.items()}
+
+    # --- set-up ------------------------------------------------------------------------------------------------------
+
+    def _distribute(self) -> torch.nn.Module:
+        """Compile the blocks, shard or replicate the objective, and shard copied teachers like their source."""
+        run, section = self.run, self.run.recipe.train
+        blocks = [block for component in self.objective.components() for block in component.blocks()]
+        if section.compile:
+            for block in blocks:
+                block.compile()
+        if section.distributed == "fsdp" and run.world.size > 1:
+            for teacher in self.teachers.copies():
+                for part in teacher.parts.values():
+                    shard(part, part.blocks(), run.device)
+        return wrap(self.objective, blocks, section.distributed, run.world, run.device, phases=len(self.phases))
+
+    def _make_optimizers(self) -> dict[str, Optimizer]:
+        sections = self.run.recipe.named_optimizers()
+        exempt = {
+            f"{path}.{name}" if path else name
+            for path, module in self.objective.named_modules()
+            if hasattr(module, "no_weight_decay")
+            for name in module.no_weight_decay()
+        }
+        parameters = assign(sections, list(self.objective.named_parameters()))
+        total = self.run.layout.total_batch_size
+        return {name: Optimizer(name, section, parameters[name], exempt, total) for name, section in sections.items()}
+
+    def _resume(self) -> int:
+        """Load the newest whole checkpoint, if there is one; returns the step to go on with."""
+        run = self.run
+        found = checkpoint.find_latest(run.dir / "checkpoints")
+        if found is None:
+            return 0
+        state.restore(found, self.objective, self.teachers, self.optimizers)
+        state.restore_scalars(self.optimizers, found.state["optimizer_scalars"])
+        self.window = found.state["window"]
+        self.nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
+        return found.step
+
+    @contextmanager
+    def _observed(self) -> Iterator[None]:
+        """Open the loader and what watches the run: metrics, progress, throughput."""
+        run, recipe = self.run, self.run.recipe
+        views, seed = run.model.views, recipe.seed
+        self.loader = Loader(
+            recipe.data, run.source, views, seed=seed, layout=run.layout, start_step=self.start,
+            total_steps=run.total_steps, device=run.device, run_dir=run.dir,
+        )  # fmt: skip
+        self.throughput = Throughput(run.device)
+        self.metrics = MetricsWriter(run.dir, resume_step=self.start, section=recipe.log) if run.world.is_main else None
+        with Progress(run, start=self.start) as self.progress:
+            try:
+                yield
+            finally:
+                if self.metrics is not None:
+                    self.metrics.close()
+
+    @contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        """SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, leave with 128 + signal. A second Ctrl-C leaves at once."""
+
+        def note(number: int, frame: Any) -> None:
+            if self.stop_signal and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        previous = {number: signal.signal(number, note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

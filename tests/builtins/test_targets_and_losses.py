@@ -1,0 +1,123 @@
+"""Built-in targets, decoders and losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mim_framework.builtins.decoders import LinearDecoder
+from mim_framework.builtins.losses import CrossEntropyLoss, L1Loss, MSELoss
+from mim_framework.builtins.targets import FeatureTarget, PixelTarget, normalize_patches
+from mim_framework.components import Specs
+from mim_framework.functional import patchify
+from mim_framework.records import EncoderSpec, Grid, Latent, Mask, Masked, Pred, Step, TargetSpec, ViewSpec
+
+GRID = Grid((2, 2))
+VIEWS = {"x": ViewSpec("x", (3, 8, 8))}
+
+
+def specs(**changes) -> Specs:
+    return Specs(**{"views": VIEWS, "encoder": EncoderSpec(8, GRID, 4, 1, 1), **changes})
+
+
+def mask_of(row: list[int], **options) -> Mask:
+    return Mask(torch.tensor([row], dtype=torch.bool), GRID, equal=True, **options)
+
+
+def pixels(norm: bool) -> PixelTarget:
+    return PixelTarget(PixelTarget.Config(norm_pix_loss=norm), specs())
+
+
+def step() -> Step:
+    return Step(0, 1, 0.0, 1.0, torch.arange(1), 0, None)
+
+
+def test_normalised_patches_by_hand():
+    values, mean, std = normalize_patches(torch.tensor([[[1.0, 2.0, 3.0]]]))
+    assert (mean.item(), std.item()) == (2.0, pytest.approx(1.0))
+    assert values.flatten().tolist() == pytest.approx([-1.0, 0.0, 1.0])
+
+
+def test_pixels_are_taken_at_hidden_positions_of_the_clean_view():
+    clean, mixed = torch.rand(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
+    masked = Masked({"x": mask_of([0, 1, 0, 1])}, {"x": mixed}, originals={"x": clean})
+    target = pixels(norm=False)(step(), masked)
+    assert torch.equal(target.values, patchify(clean, 4)[:, [1, 3]])
+    everything = pixels(norm=False)(step(), Masked({"x": mask_of([0, 1, 0, 1]).predicting(torch.ones(1, 4))}, {"x": clean}))
+    assert everything.ids is None
+    assert everything.values.shape == (1, 4, 48)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("hidden_only", [False, True])
+def test_a_perfect_prediction_reconstructs_the_image(norm, hidden_only):
+    image, mask = torch.rand(1, 3, 8, 8), mask_of([0, 1, 0, 1])
+    if not hidden_only:
+        mask = mask.predicting(mask.hidden)
+    target = pixels(norm)
+    perfect = target(step(), Masked({"x": mask}, {"x": image}))
+    assert torch.allclose(target.reconstruct(perfect, mask, image), image, atol=1e-6)
+    wrong = Pred(perfect.values + 1, GRID, perfect.ids)
+    changed = (target.reconstruct(wrong, mask, image) - image).abs().reshape(3, 2, 4, 2, 4).amax((0, 2, 4)) > 1e-3
+    assert changed.flatten().tolist() == [False, True, False, True]
+
+
+def test_mse_over_hidden_positions_by_hand():
+    mask, ids = mask_of([0, 1, 1, 0]), torch.tensor([[1, 2]])
+    values = torch.tensor([[[1.0, 3.0], [0.0, 0.0]]])
+    target = torch.zeros(1, 4, 2)
+    loss = MSELoss(MSELoss.Config(), specs())
+    hidden_only = loss(Pred(values, GRID, ids), target, mask, None)
+    assert hidden_only.item() == pytest.approx((5.0 + 0.0) / 2)
+    everywhere = Pred(torch.tensor([[[9.0, 9.0], [1.0, 3.0], [0.0, 0.0], [9.0, 9.0]]]), GRID)
+    assert loss(everywhere, target, mask, None).item() == pytest.approx(2.5)
+    assert loss(everywhere, Pred(torch.zeros(1, 2, 2), GRID, ids), mask, None).item() == pytest.approx(2.5)
+
+
+def test_float_weights_weigh_the_positions():
+    mask = mask_of([0, 1, 1, 0]).predicting(torch.tensor([[0.0, 1.0, 0.5, 0.0]]))
+    values = torch.tensor([[[9.0], [2.0], [4.0], [9.0]]])
+    loss = L1Loss(L1Loss.Config(), specs())
+    assert loss(Pred(values, GRID), torch.zeros(1, 4, 1), mask, None).item() == pytest.approx((2.0 + 2.0) / 1.5)
+
+
+def test_cross_entropy_against_ids_and_probabilities():
+    loss = CrossEntropyLoss(CrossEntropyLoss.Config(), specs())
+    mask, ids = mask_of([0, 0, 0, 1]), torch.tensor([[3]])
+    logits = Pred(torch.tensor([[[0.0, 0.0]]]), GRID, ids)
+    assert loss(logits, torch.tensor([[0, 0, 0, 1]]), mask, None).item() == pytest.approx(0.693147, abs=1e-5)
+    probabilities = torch.tensor([0.25, 0.75]).expand(1, 4, 2)
+    assert loss(logits, probabilities, mask, None).item() == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_linear_decoder_predicts_at_hidden_positions():
+    decoder = LinearDecoder(LinearDecoder.Config(), specs(target=TargetSpec("ids", 5, GRID)))
+    tokens = torch.randn(1, 4, 8)
+    pred = decoder(Latent(tokens, GRID), mask_of([1, 0, 0, 1]))
+    assert decoder.spec.kind == "probs"
+    assert torch.allclose(pred.values, decoder.head(tokens)[:, [0, 3]])
+
+
+def test_linear_decoder_refuses_encoders_that_drop_tokens():
+    encoder = EncoderSpec(8, GRID, 4, 1, 1, visible_only=True)
+    with pytest.raises(ValueError, match="needs an encoder with a token at every position"):
+        LinearDecoder(LinearDecoder.Config(), specs(encoder=encoder, target=TargetSpec("dense", 5, GRID)))
+    with pytest.raises(ValueError, match="target grid 4x4, encoder grid 2x2"):
+        LinearDecoder(LinearDecoder.Config(), specs(target=TargetSpec("dense", 5, Grid((4, 4)))))
+
+
+def test_feature_target_normalises_the_teachers_tokens():
+    teacher = EncoderSpec(4, GRID, 4, 1, 1)
+    target = FeatureTarget(FeatureTarget.Config(teacher="clip"), specs(teachers={"clip": teacher}))
+    tokens = torch.randn(1, 4, 4) * 3 + 1
+
+    class Session:
+        def encode(self, name, view, mask):
+            return Latent(tokens, GRID)
+
+    taught = Step(0, 1, 0.0, 1.0, torch.arange(1), 0, None, teachers=Session())
+    values = target(taught, Masked({}, {"x": torch.rand(1, 3, 8, 8)}))
+    assert torch.allclose(values.mean(-1), torch.zeros(1, 4), atol=1e-6)
+    assert torch.allclose(values.std(-1, correction=0), torch.ones(1, 4), atol=1e-3)
+    with pytest.raises(ValueError, match="no teacher 'dino'; the teachers of this recipe are clip"):
+        FeatureTarget(FeatureTarget.Config(teacher="dino"), specs(teachers={"clip": teacher}))

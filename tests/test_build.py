@@ -1,0 +1,258 @@
+"""Building a model: what does not fit is refused with both names, and no parameter is left without a gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from mim_framework.build import build_model, build_source, load_into, make_step, preflight
+from mim_framework.builtins.maskers import RandomMasker
+from mim_framework.checkpoint import save_checkpoint
+from mim_framework.components import Decoder, Encoder, Loss, Objective, Target
+from mim_framework.errors import CheckpointError, RecipeError
+from mim_framework.records import Ask, EncoderSpec, Grid, Latent, Mask, Masked, MaskerSpec, Pred, PredSpec, TargetSpec
+from mim_framework.recipe import load_recipe
+from mim_framework.testing import RegistryWith
+
+GRID = Grid((4, 4))
+
+
+class ToyEncoder(Encoder):
+    """A token at every position; hidden ones are replaced by a mask token."""
+
+    name = "toy"
+
+    def __init__(self, config, specs):
+        super().__init__(config, specs)
+        self.proj, self.mask_token = nn.Linear(48, 8), nn.Parameter(torch.zeros(8))
+        layers = frozenset({0})
+        self.spec = EncoderSpec(8, GRID, 4, 1, 1, accepts=frozenset({"equal", "none"}), offers=Ask(layers=layers))
+
+    def forward(self, view, mask, ask=Ask()):
+        from mim_framework.functional import patchify
+
+        tokens = self.proj(patchify(view, 4))
+        hidden = mask.at(GRID).hidden[..., None]
+        return Latent(torch.where(hidden, self.mask_token.to(tokens.dtype), tokens), GRID, layers={0: tokens})
+
+
+class UnevenMasker(RandomMasker):
+    name = "uneven"
+
+    def __init__(self, config, specs):
+        super().__init__(config, specs)
+        self.spec = MaskerSpec(GRID, equal=False, num_hidden=8)
+
+
+class LyingMasker(RandomMasker):
+    """Promises rows that hide equal numbers, and does not keep it."""
+
+    name = "lying"
+
+    def forward(self, step, views):
+        hidden = torch.zeros(len(step.positions), 16, dtype=torch.bool)
+        hidden[0, :5] = hidden[1:, :6] = True
+        return Masked({"x": Mask(hidden, GRID, equal=True)}, views)
+
+
+class IdsTarget(Target):
+    name = "ids"
+
+    def __init__(self, config, specs):
+        super().__init__(config, specs)
+        self.spec = TargetSpec("ids", 5, GRID)
+
+    def forward(self, step, masked):
+        return torch.zeros(len(masked.views["x"]), 16, dtype=torch.int64)
+
+
+class CoarseTarget(IdsTarget):
+    name = "coarse"
+
+    def __init__(self, config, specs):
+        super().__init__(config, specs)
+        self.spec = TargetSpec("dense", 5, Grid((2, 2)))
+
+
+class AskingDecoder(Decoder):
+    name = "asking"
+
+    def __init__(self, config, specs):
+        super().__init__(config, specs)
+        self.ask = Ask(layers=frozenset({0, 7}))
+        self.head = nn.Linear(8, 48)
+        self.spec = PredSpec("dense", 48, GRID)
+
+    def forward(self, latent, mask):
+        return Pred(self.head(latent.tokens), GRID)
+
+
+class IdleDecoder(AskingDecoder):
+    name = "idle"
+
+    def __init__(self, config, specs):
+        super().__init__(config, specs)
+        self.ask = Ask()
+        self.unused = nn.Parameter(torch.zeros(3))
+
+
+class LatentLoss(Loss):
+    name = "latent"
+
+    def forward(self, pred, target, mask, latent):
+        return latent.tokens.square().mean() + pred.values.mean()
+
+
+class TwoHeads(Objective):
+    """An objective of one's own that needs no head at all."""
+
+    name = "own"
+
+    def __init__(self, config, parts):
+        super().__init__(config, parts)
+        self.encoder = parts.encoder
+
+    def forward(self, step, views):
+        latent = self.encoder(views["x"], Mask.none(len(views["x"]), GRID, views["x"].device))
+        return {"pull": latent.tokens.square().mean() + self.encoder.mask_token.square().mean()}
+
+
+REGISTRY = RegistryWith(
+    ToyEncoder, UnevenMasker, LyingMasker, IdsTarget, CoarseTarget, AskingDecoder, IdleDecoder, LatentLoss, TwoHeads
+)
+RECIPE = {
+    "name": "toy",
+    "data": {"source": {"type": "digits"}},
+    "views": {"type": "image", "img_size": 16},
+    "masker": {"type": "random", "mask_ratio": 0.5},
+    "encoder": "toy",
+    "target": "pixels",
+    "decoder": "linear",
+    "loss": "mse",
+    "optim": {"lr": 0.001},
+    "train": {"total_batch_size": 4, "steps": 1},
+}
+CPU = torch.device("cpu")
+
+
+def recipe_of(tmp_path: Path, **changes):
+    file = tmp_path / "toy.yaml"
+    file.write_text(yaml.safe_dump({**RECIPE, **changes}, sort_keys=False))
+    return load_recipe(file, [], REGISTRY)
+
+
+def test_a_built_model_trains_every_parameter(tmp_path):
+    model = build_model(recipe_of(tmp_path), REGISTRY)
+    losses = preflight(model, CPU)
+    assert losses.keys() == {"main"}
+    assert losses["main"] > 0
+    assert all(parameter.grad is None for parameter in model.objective.parameters())
+
+
+def test_weights_depend_on_the_seed_and_on_nothing_else(tmp_path):
+    first = build_model(recipe_of(tmp_path), REGISTRY).objective.state_dict()
+    torch.rand(7)
+    second = build_model(recipe_of(tmp_path), REGISTRY).objective.state_dict()
+    other = build_model(recipe_of(tmp_path, seed=1), REGISTRY).objective.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["encoder.proj.weight"], other["encoder.proj.weight"])
+
+
+def test_building_leaves_the_global_generator_alone(tmp_path):
+    torch.manual_seed(3)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    preflight(build_model(recipe_of(tmp_path), REGISTRY), CPU)
+    assert torch.equal(torch.rand(2), wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"masker": "uneven"}, r"toy.yaml:\d+:\d+: masker: masker 'uneven' and encoder 'toy' do not fit: rows that hide different"),
+        ({"encoder": {"type": "timm", "model": "test_vit"}, "views": {"type": "image", "img_size": 32}}, "masker 'random' and encoder 'timm' do not fit: the encoder takes no masks"),
+        ({"decoder": "asking"}, r"decoder 'asking' asks for layers \[7\], which encoder 'toy' lacks"),
+        ({"target": "ids"}, "loss 'mse' takes dense targets, target 'ids' gives ids"),
+        ({"target": "ids", "loss": "cross_entropy", "decoder": "idle"}, "dense predictions for a ids target"),
+        ({"target": "coarse", "decoder": "idle"}, "predictions of size 48 on grid 4x4, targets of size 5 on grid 2x2"),
+        ({"target": "coarse"}, r"toy.yaml:\d+:\d+: decoder: linear: decoder 'linear': target grid 2x2, encoder grid 4x4"),
+        ({"target": {"type": "pixels", "patch_size": 5}}, "image size 16x16 is not a multiple of patch_size 5"),
+        ({"target": {"type": "features", "teacher": "clip"}}, "no teacher 'clip'; the teachers of this recipe are none"),
+        ({"teachers": {"ema": {"copy": ["encodr"], "momentum": 0.9}}}, "encodr"),
+        ({"encoder": {"type": "mae_vit", "patch_size": 5}}, "image size 16x16 is not a multiple of patch_size 5"),
+        ({"encoder": {"type": "mae_vit", "patch_size": 4}}, "decoder 'linear' needs an encoder with a token at every position"),
+        ({"encoder": {"type": "timm", "model": "vit_tinny"}}, "timm knows no model 'vit_tinny'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_with_its_place_and_both_names(tmp_path, changes, text):
+    with pytest.raises(RecipeError, match=text):
+        build_model(recipe_of(tmp_path, **changes), REGISTRY)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"decoder": "idle"}, "trainable parameters that no loss reaches: heads.main.decoder.unused"),
+        ({"masker": "lying"}, r"equal=True but hides \[5, 6\] positions"),
+    ],
+)
+def test_the_preflight_refuses_what_only_a_batch_shows(tmp_path, changes, text):
+    with pytest.raises(RecipeError, match=text):
+        preflight(build_model(recipe_of(tmp_path, **changes), REGISTRY), CPU)
+
+
+def test_several_heads_add_their_weighted_losses(tmp_path):
+    head = {"target": "pixels", "decoder": "linear"}
+    heads = {"a": {**head, "loss": "mse"}, "b": {**head, "loss": "l1", "weight": 0.0}}
+    plain = {"target": None, "decoder": None, "loss": None}
+    model = build_model(recipe_of(tmp_path, heads=heads, **plain), REGISTRY)
+    step = make_step(model.recipe, torch.arange(2))
+    losses = model.objective(step, model.views.prepare(step, model.views.example(2)))
+    assert losses["a"] > 0
+    assert losses["b"] == 0
+
+
+def test_an_objective_of_ones_own_needs_no_heads(tmp_path):
+    recipe = recipe_of(tmp_path, objective="own", target=None, decoder=None, loss=None)
+    assert preflight(build_model(recipe, REGISTRY), CPU).keys() == {"pull"}
+
+
+def test_a_frozen_teacher_feeds_a_feature_target(tmp_path):
+    teachers = {"clip": {"encoder": "toy"}}
+    recipe = recipe_of(tmp_path, teachers=teachers, target={"type": "features", "teacher": "clip"})
+    model = build_model(recipe, REGISTRY)
+    assert model.specs.teachers["clip"].dim == 8
+    assert preflight(model, CPU)["main"] > 0
+
+
+def test_a_momentum_teacher_starts_from_the_loaded_weights(tmp_path):
+    source = build_model(recipe_of(tmp_path, seed=5), REGISTRY).objective
+    save_checkpoint(tmp_path / "run" / "checkpoints", 1, {"model": source.state_dict()}, {})
+    teachers = {"ema": {"copy": ["encoder"], "momentum": 0.9}}
+    model = build_model(recipe_of(tmp_path, init=str(tmp_path / "run"), teachers=teachers), REGISTRY)
+    assert torch.equal(model.objective.encoder.proj.weight, source.encoder.proj.weight)
+    assert torch.equal(model.teachers["ema"].part("encoder").proj.weight, source.encoder.proj.weight)
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+    from safetensors.torch import save_file
+
+    module = nn.Linear(2, 2)
+    save_file({"weight": torch.zeros(3, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"shapes that do not fit the recipe: weight \(3, 2\), needed \(2, 2\)"):
+        load_into(module, tmp_path / "a.safetensors")
+    save_file({"wheight": torch.zeros(2, 2)}, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match="names that the recipe's model lacks: wheight"):
+        load_into(module, tmp_path / "b.safetensors")
+    save_file({"weight": torch.zeros(2, 2)}, tmp_path / "c.safetensors")
+    assert load_into(module, tmp_path / "c.safetensors") == ["bias"]
+    with pytest.raises(CheckpointError, match="no name starting with 'encoder.'"):
+        load_into(module, tmp_path / "c.safetensors", prefix="encoder.")
+
+
+def test_the_source_of_a_recipe(tmp_path):
+    assert len(build_source(recipe_of(tmp_path), REGISTRY)) > 1000

@@ -1,0 +1,45 @@
+"""Patches and position tables."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mim_framework.functional import gather_tokens, patchify, sincos_position_table, unpatchify
+from mim_framework.records import Grid
+
+
+def test_patchify_by_hand_has_channels_fastest():
+    image = torch.arange(2 * 2 * 4).reshape(1, 2, 2, 4)  # two channels, two rows, four columns
+    assert patchify(image, 2)[0, 1].tolist() == [2, 10, 3, 11, 6, 14, 7, 15]
+
+
+def test_unpatchify_inverts_patchify_on_rectangles():
+    images = torch.rand(2, 3, 8, 12)
+    assert torch.equal(unpatchify(patchify(images, 4), 4, Grid((2, 3))), images)
+
+
+def test_an_image_of_no_whole_number_of_patches_is_refused():
+    with pytest.raises(ValueError, match="image size 10x8 is not a multiple of patch_size 4"):
+        patchify(torch.rand(1, 3, 10, 8), 4)
+
+
+def test_gather_tokens_by_hand():
+    tokens = torch.tensor([[[0.0, 1], [2, 3], [4, 5]]])
+    assert gather_tokens(tokens, torch.tensor([[2, 0]])).tolist() == [[[4.0, 5.0], [0.0, 1.0]]]
+
+
+def test_position_table_encodes_the_column_first():
+    table = sincos_position_table(8, Grid((2, 3)))
+    column_1, row_1 = table[1], table[3]
+    assert column_1.tolist() == pytest.approx([math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01), 0, 0, 1, 1])
+    assert row_1.tolist() == pytest.approx([0, 0, 1, 1, math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)])
+    swapped = sincos_position_table(8, Grid((2, 3)), row_first=True)
+    assert torch.equal(swapped, torch.cat([table[:, 4:], table[:, :4]], dim=1))
+
+
+def test_position_table_refuses_odd_widths():
+    with pytest.raises(ValueError, match="multiple of 4, got 6"):
+        sincos_position_table(6, Grid((2, 2)))

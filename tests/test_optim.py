@@ -1,0 +1,101 @@
+"""Parameter groups, learning rates, clipping."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from mim_framework.optim import (
+    OptimSection,
+    Optimizer,
+    assign,
+    layer_decay_scale,
+    parameter_groups,
+    transformer_layer_id,
+)
+from mim_framework.records import Step
+
+
+def step_at(epoch: float, epochs: float = 10.0) -> Step:
+    return Step(0, 1, epoch, epochs, torch.arange(1), 0, None)
+
+
+def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(model.named_parameters())
+
+
+def test_biases_and_one_dimensional_parameters_do_not_decay():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    model.token = nn.Parameter(torch.zeros(1, 1, 2))
+    groups = {group["decay"]: group["names"] for group in parameter_groups(named(model), no_weight_decay=["0.weight"])}
+    assert groups == {True: ["token"], False: ["0.weight", "0.bias", "1.weight", "1.bias"]}
+
+
+def test_frozen_parameters_are_left_out():
+    model = nn.Linear(2, 2)
+    model.weight.requires_grad_(False)
+    assert [group["names"] for group in parameter_groups(named(model))] == [["bias"]]
+
+
+def test_base_lr_scales_with_the_total_batch():
+    assert OptimSection(base_lr=1.5e-4).peak_lr(4096) == pytest.approx(2.4e-3)
+    assert OptimSection(base_lr=1e-3, lr_per_images=512).peak_lr(1024) == pytest.approx(2e-3)
+    assert OptimSection(lr=0.1).peak_lr(4096) == 0.1
+    with pytest.raises(ValidationError, match="one of the two"):
+        OptimSection(lr=0.1, base_lr=0.1)
+
+
+def test_schedule_sets_rate_and_decay_of_each_group():
+    model = nn.Linear(2, 2)
+    section = OptimSection(lr=1.0, warmup_epochs=2, weight_decay={"shape": "linear", "from": 0.0, "to": 1.0})
+    optimizer = Optimizer("main", section, named(model), [], total_batch_size=1)
+    optimizer.schedule(step_at(1.0))
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.optimizer.param_groups] == [(0.5, 0.1), (0.5, 0.0)]
+
+
+def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    optimizer = Optimizer("main", OptimSection(lr=1.0, clip_grad_norm=1.0), named(model), [], 1)
+    assert float(optimizer.clip()) == 5.0
+    assert model.weight.grad.flatten().tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
+
+
+def test_adamw_step_by_hand():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    model.weight.grad = torch.tensor([[2.0]])
+    optimizer = Optimizer("main", OptimSection(lr=0.1, weight_decay=0.5), named(model), [], 1)
+    optimizer.schedule(step_at(0.0))
+    optimizer.step()
+    assert model.weight.item() == pytest.approx(1.0 - 0.1 * 0.5 - 0.1)  # first Adam step has size lr
+
+
+def test_timm_optimizers_by_name():
+    model = nn.Linear(2, 2)
+    optimizer = Optimizer("main", OptimSection(type="lamb", lr=0.1), named(model), [], 1)
+    assert type(optimizer.optimizer).__name__ == "Lamb"
+    with pytest.raises(ValueError, match=r"optim.type 'adamv' is unknown"):
+        Optimizer("main", OptimSection(type="adamv", lr=0.1), named(model), [], 1)
+
+
+def test_every_parameter_needs_exactly_one_optimizer():
+    model = nn.ModuleDict({"encoder": nn.Linear(1, 1), "masker": nn.Linear(1, 1)})
+    encoder, masker = OptimSection(lr=1, parameters=["encoder.*"]), OptimSection(lr=1, parameters=["masker.*"])
+    chosen = assign({"a": encoder, "b": masker}, named(model))
+    assert [name for name, _ in chosen["b"]] == ["masker.weight", "masker.bias"]
+    with pytest.raises(ValueError, match=r"'encoder.weight' matches no optimizer"):
+        assign({"b": masker}, named(model))
+    with pytest.raises(ValueError, match=r"matches 2 optimizers \(a, c\)"):
+        assign({"a": encoder, "b": masker, "c": OptimSection(lr=1)}, named(model))
+    with pytest.raises(ValueError, match="optimizer 'd' matches no trainable parameter"):
+        assign({"a": OptimSection(lr=1), "d": OptimSection(lr=1, parameters=["x"])}, named(model))
+
+
+def test_layer_decay_of_a_transformer():
+    assert [transformer_layer_id(name, 4) for name in ("cls_token", "patch_embed.proj.bias", "blocks.0.x", "blocks.3.y")] == [0, 0, 1, 4]
+    assert transformer_layer_id("fc_norm.weight", 4) == 5
+    assert layer_decay_scale(0.5, 5, 5) == 1.0
+    assert layer_decay_scale(0.5, 3, 5) == 0.25

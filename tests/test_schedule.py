@@ -1,0 +1,48 @@
+"""Schedules as pure functions of the epoch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from mim_framework.schedule import Curve, Schedule, value_at
+
+
+def test_a_plain_number_is_constant():
+    assert value_at(0.75, 3.0, 10.0) == 0.75
+
+
+def test_cosine_with_warmup_by_hand():
+    curve = Curve(shape="cosine", start=1.0, end=0.0, warmup_epochs=2)
+    values = [value_at(curve, epoch, 10) for epoch in (0, 1, 2, 6, 10)]
+    assert values == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0], abs=1e-15)
+
+
+def test_linear_step_and_constant_by_hand():
+    line = Curve(shape="linear", start=4.0, end=2.0)
+    assert [value_at(line, epoch, 4) for epoch in (0, 1, 4)] == [4.0, 3.5, 2.0]
+    jumps = Curve(shape="step", start=1.0, milestones=(2, 3), gamma=0.5)
+    assert [value_at(jumps, epoch, 4) for epoch in (0, 1.9, 2, 3.5)] == [1.0, 1.0, 0.5, 0.25]
+    assert value_at(Curve(shape="constant", start=5.0, warmup_epochs=1, warmup_from=1.0), 0.5, 4) == 3.0
+
+
+def test_momentum_rises_from_its_start_to_its_end():
+    curve = Curve(shape="cosine", start=0.996, end=1.0)
+    assert value_at(curve, 0, 100) == pytest.approx(0.996)
+    assert value_at(curve, 50, 100) == pytest.approx(0.998)
+    assert value_at(curve, 100, 100) == 1.0
+
+
+def test_a_run_longer_than_its_schedule_stays_at_the_end():
+    assert value_at(Curve(shape="cosine", start=1.0, end=0.1), 12, 10) == pytest.approx(0.1)
+    assert math.isfinite(value_at(Curve(shape="cosine", start=1.0, end=0.1, warmup_epochs=10), 10, 10))
+
+
+def test_recipes_write_from_and_to():
+    schedule = TypeAdapter(Schedule)
+    assert schedule.validate_python({"shape": "linear", "from": 0, "to": 1}) == Curve(shape="linear", start=0, end=1)
+    assert schedule.validate_python(0.5) == 0.5
+    with pytest.raises(ValidationError, match="needs 'to'"):
+        schedule.validate_python({"shape": "cosine", "from": 1})
