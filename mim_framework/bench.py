@@ -53,7 +53,7 @@ def run_bench(recipe: Recipe, registry: Registry, *, data: Data = "synthetic", s
     device = choose_device(recipe.train.device)
     layout = batch_layout(recipe, 0, 1)
     watch = Stopwatch(device)
-    model = build_model(recipe, registry, load=False).to(device)
+    model = build_model(recipe, registry, with_weights=False).to(device)
     batches = _synthetic(model.views.example(layout.batch_size), device) if data == "synthetic" else _read(
         recipe, registry, model.views, layout, device, warmup + steps
     )  # fmt: skip

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mim_framework.checkpoint import load_weights
+from mim_framework.checkpoint import find_latest, load, load_weights
 from mim_framework.components import Decoder, Encoder, Head, Loss, Masker, Objective, Parts, Source, Specs, Target, ViewBuilder
 from mim_framework.config import Choice
 from mim_framework.distributed import World, choose_device
@@ -51,11 +51,11 @@ class LoadedRun(Model):
     device: torch.device
 
 
-def build_model(recipe: Recipe, registry: Registry, *, load: bool = True) -> Model:
+def build_model(recipe: Recipe, registry: Registry, *, with_weights: bool = True) -> Model:
     """Build everything but the data. Weights depend on the recipe's seed only.
 
     Args:
-        load: read `init` and the checkpoints of frozen teachers; False leaves them at their random initial values.
+        with_weights: read `init` and the checkpoints of frozen teachers; False leaves them at their random initial values.
 
     Raises:
         RecipeError: naming the slots that do not fit.
@@ -63,7 +63,7 @@ def build_model(recipe: Recipe, registry: Registry, *, load: bool = True) -> Mod
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return _Builder(recipe, registry).build(load)
+        return _Builder(recipe, registry).build(with_weights)
 
 
 def build_source(recipe: Recipe, registry: Registry) -> Source:
@@ -77,7 +77,7 @@ class _Builder:
         self.recipe, self.registry = recipe, registry
         self.specs = Specs()
 
-    def build(self, load: bool) -> Model:
+    def build(self, with_weights: bool) -> Model:
         recipe = self.recipe
         views: ViewBuilder = self.make("views", "views", recipe.views)
         self.publish(views=dict(views.specs))
@@ -87,7 +87,7 @@ class _Builder:
             if section.encoder is not None:
                 where = f"teachers.{name}.encoder"
                 teacher: Encoder = self.make("encoder", where, section.encoder, self.specs)
-                if load and section.checkpoint is not None:
+                if with_weights and section.checkpoint is not None:
                     load_into(teacher, Path(section.checkpoint), prefix="encoder.")
                 teachers.add_frozen(name, teacher)
                 self.publish(teachers={**self.specs.teachers, name: teacher.spec})
@@ -104,7 +104,7 @@ class _Builder:
         parts = Parts(masker, encoder, heads, views, self.specs)
         objective: Objective = self.make("objective", "objective", recipe.objective, parts)
 
-        if load and recipe.init is not None:
+        if with_weights and recipe.init is not None:
             load_into(objective, Path(recipe.init))
         with self.slot("teachers", "teachers"):
             teachers.add_copies(objective)
@@ -176,7 +176,7 @@ class _Builder:
 
 
 def load_into(module: nn.Module, path: Path, prefix: str = "") -> list[str]:
-    """Load weights by name into a module; returns the names the file lacks.
+    """Load weights by name from a file into a module; returns the names the file lacks.
 
     Args:
         path: a run directory, a checkpoint folder or a safetensors file with the names of an objective.
@@ -188,11 +188,16 @@ def load_into(module: nn.Module, path: Path, prefix: str = "") -> list[str]:
     weights = load_weights(path)
     if prefix:
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        if not weights:
+            raise CheckpointError(f"{path}: no name starting with '{prefix}'")
+    return load_tensors(module, weights, path)
+
+
+def load_tensors(module: nn.Module, weights: dict[str, Tensor], path: Path) -> list[str]:
+    """Load weights by name into a module; returns the names that are lacking. `path` is for messages."""
     own = module.state_dict()
-    unknown = sorted(weights.keys() - own.keys())
-    if unknown or not weights:
-        found = f"names that the recipe's model lacks: {_some(unknown)}" if unknown else f"no name starting with '{prefix}'"
-        raise CheckpointError(f"{path}: {found}")
+    if unknown := sorted(weights.keys() - own.keys()):
+        raise CheckpointError(f"{path}: names that the recipe's model lacks: {_some(unknown)}")
     wrong = [
         f"{name} {tuple(tensor.shape)}, needed {tuple(own[name].shape)}"
         for name, tensor in weights.items()
@@ -223,11 +228,16 @@ def load_run(
         raise RecipeError(f"{run_dir} is no run directory: it has no recipe.yaml")
     recipe = load_recipe(file, [], registry)
     device = choose_device(recipe.train.device)
-    model = build_model(recipe, registry, load=not trained)
+    model = build_model(recipe, registry, with_weights=not trained)
     if trained:
-        load_into(model.objective, checkpoint or run_dir)
+        found = load(checkpoint) if checkpoint else find_latest(run_dir / "checkpoints")
+        if found is None:
+            raise CheckpointError(f"{run_dir} holds no checkpoint yet")
+        load_tensors(model.objective, found.tensors("model"), found.path)
+        load_tensors(model.teachers, found.tensors("teachers"), found.path)
     source = build_source(recipe, registry)
-    return LoadedRun(recipe, model.views, model.objective.to(device), model.teachers.to(device), model.specs, source, device)
+    model.to(device)
+    return LoadedRun(recipe, model.views, model.objective, model.teachers, model.specs, source, device)
 
 
 def _some(names: list[str], limit: int = 5) -> str:

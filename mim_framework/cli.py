@@ -291,11 +291,12 @@ def evaluate() -> None:
 
 @evaluate.command()
 @RUN
-def knn(run: Path) -> None:
+@click.pass_obj
+def knn(settings: Settings, run: Path) -> None:
     """Top-1 accuracy of nearest neighbours: raw pixels, untrained encoder, trained encoder."""
     from mim_framework.evaluate.knn import evaluate_run
 
-    for name, value in evaluate_run(run).items():
+    for name, value in evaluate_run(run, registry=settings.registry).items():
         click.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
 
 
@@ -303,30 +304,42 @@ def knn(run: Path) -> None:
 @RUN
 @click.option("--to", type=click.Choice(["timm", "official"]), required=True, help="Layout of the weights.")
 @OUTPUT
-def export(run: Path, to: str, output: Path | None) -> None:
+@click.pass_obj
+def export(settings: Settings, run: Path, to: str, output: Path | None) -> None:
     """Write a run's weights in another layout."""
     from mim_framework.convert import export_run
 
-    click.echo(export_run(run, to, output))
+    click.echo(export_run(run, to, output, settings.registry))
 
 
 @main.command("import")
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
+@OVERRIDES
+@click.option("--layout", metavar="NAME", help="Checkpoint format of the file, where several recognise it.")
 @OUTPUT
-def import_file(file: Path, output: Path | None) -> None:
-    """Read a checkpoint of a method's official code, without running code from it."""
-    from mim_framework.convert import import_checkpoint
+@click.pass_obj
+def import_file(
+    settings: Settings, file: Path, overrides: tuple[str, ...], layout: str | None, output: Path | None
+) -> None:
+    """Read a checkpoint of a method's official code, without running code from it.
 
-    click.echo(import_checkpoint(file, output))
+    KEY=VALUE gives what no tensor tells, such as encoder.num_heads=12.
+    """
+    from mim_framework.convert import import_checkpoint
+    from mim_framework.recipe import parse_override
+
+    options = dict(parse_override(override) for override in overrides)
+    click.echo(import_checkpoint(file, output, settings.registry, layout=layout, options=options))
 
 
 @main.command()
 @RUN
 @click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @OUTPUT
-def reconstruct(run: Path, images: tuple[Path, ...], output: Path | None) -> None:
+@click.pass_obj
+def reconstruct(settings: Settings, run: Path, images: tuple[Path, ...], output: Path | None) -> None:
     """Draw images masked and reconstructed by a run, as PNG files."""
     from mim_framework.evaluate.reconstruct import reconstruct_run
 
-    for path in reconstruct_run(run, list(images), output):
+    for path in reconstruct_run(run, list(images), output, registry=settings.registry):
         click.echo(path)

@@ -34,10 +34,10 @@ def measure_cost(recipe: Recipe, registry: Registry) -> Cost:
     """Counts on the meta device, so that no weight is ever allocated; components that cannot run there run on the CPU."""
     try:
         with torch.device("meta"):
-            model = build_model(recipe, registry, load=False)
+            model = build_model(recipe, registry, with_weights=False)
         return _count(recipe, model, torch.device("meta"))
     except (NotImplementedError, RuntimeError):
-        return _count(recipe, build_model(recipe, registry, load=False), torch.device("cpu"))
+        return _count(recipe, build_model(recipe, registry, with_weights=False), torch.device("cpu"))
 
 
 def _count(recipe: Recipe, model, device: torch.device) -> Cost:

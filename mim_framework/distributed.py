@@ -138,6 +138,19 @@ def gradient_sync(module: nn.Module, *, enabled: bool) -> ContextManager[Any]:
     return nullcontext()
 
 
+@contextmanager
+def whole_weights(module: nn.Module) -> Iterator[None]:
+    """Weights that FSDP keeps at the root, gathered, so that parts of the module can be called outside its forward."""
+    sharded = hasattr(module, "unshard")
+    if sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            module.reshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -229,6 +229,21 @@ def _fill_slots(schema: Any, slots: dict[str, Any]) -> None:
             properties[name] = {**described, "anyOf": [*slot["anyOf"], *nullable]}
 
 
+def parse_override(text: str) -> tuple[str, Any]:
+    """'a.b=1e-3' -> ('a.b', 0.001); the value is YAML.
+
+    Raises:
+        RecipeError: if it is not of that form.
+    """
+    where, equals, value = text.partition("=")
+    if not equals or not all(part.strip() for part in where.split(".")):
+        raise RecipeError("write it as KEY=VALUE, for example optim.lr=1e-3")
+    try:
+        return where.strip(), read_yaml(value, "value").data
+    except RecipeError as error:
+        raise RecipeError(f"{error}; quote a text with special characters") from error
+
+
 Place = tuple[int, int] | str
 """Line and column in the file, or the words for an override."""
 
@@ -256,16 +271,13 @@ class _Draft:
 
     def override(self, text: str) -> None:
         """Apply one `a.b=value`."""
-        where, label = text.partition("=")[0], f"override '{text}'"
-        parts = where.strip().split(".")
-        if "=" not in text or not all(parts):
-            self.problems.append((label, Problem((), "write it as KEY=VALUE, for example optim.lr=1e-3")))
-            return
+        label = f"override '{text}'"
         try:
-            value = read_yaml(text.partition("=")[2], "value").data
+            where, value = parse_override(text)
         except RecipeError as error:
-            self.problems.append((label, Problem((), f"{error}; quote a text with special characters")))
+            self.problems.append((label, Problem((), str(error))))
             return
+        parts = where.split(".")
         node: Any = self.data
         path: KeyPath = ()
         for part in parts:
@@ -453,7 +465,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = None if isinstance(read_scalar(text), str) else '"'
+    # PyYAML writes Unicode's own line breaks unescaped, where a reader folds them into a space.
+    plain = isinstance(read_scalar(text), str) and not re.search("[\x85\u2028\u2029]", text)
+    style = None if plain else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

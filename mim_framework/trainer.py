@@ -20,7 +20,7 @@ from torch import Tensor
 from mim_framework import checkpoint, rng, state
 from mim_framework.build import build_model, build_source, preflight
 from mim_framework.data.loader import Batch, Loader
-from mim_framework.distributed import World, gradient_sync, process_group, shard, wrap
+from mim_framework.distributed import World, gradient_sync, process_group, shard, whole_weights, wrap
 from mim_framework.errors import DataError, TrainingError
 from mim_framework.evaluate.knn import online_knn
 from mim_framework.evaluate.reconstruct import draw_fixed
@@ -63,6 +63,7 @@ class Trainer:
             raise DataError(f"data.source '{recipe.data.source.type}' has no images")
         self.run = Run(directory, recipe, world, device, model, source, layout, *run_length(recipe, len(source)))
         self.objective, self.teachers = model.objective, model.teachers
+        self.evaluation_sources = source.evaluation_sources()
         self.phases = recipe.named_phases()
         self.model = self._distribute()
         self.optimizers = self._make_optimizers()
@@ -162,7 +163,7 @@ class Trainer:
         self.progress.update(done, measured, lr=self._rates(), throughput=self.throughput)
         if done % recipe.log.every_steps == 0 or last:
             self._log(done)
-        if recipe.evaluate.knn is not None and (last or run.due(done, recipe.evaluate.knn.every_epochs)):
+        if recipe.evaluate.knn and (last or run.due(done, recipe.evaluate.knn.every_epochs)):
             self._evaluate(done)
         if last or run.due(done, recipe.log.images_every_epochs):
             self._draw(done)
@@ -201,17 +202,20 @@ class Trainer:
 
     def _evaluate(self, done: int) -> None:
         """Online kNN. Every rank computes it, since a sharded encoder needs all of them."""
-        run, sources = self.run, self.run.source.evaluation_sources()
-        if sources is None:
+        run, section = self.run, self.run.recipe.evaluate.knn
+        if self.evaluation_sources is None or section is None or not hasattr(self.objective, "encoder"):
             return
-        with self.autocast:
-            top1 = online_knn(self.objective.encoder, run.model.views, sources, run.recipe.evaluate.knn, run.device)
+        with self.autocast, whole_weights(self.objective):
+            top1 = online_knn(
+                self.objective.encoder, run.model.views, self.evaluation_sources, section, run.device,
+                workers=run.recipe.data.num_workers,
+            )  # fmt: skip
         if run.world.is_main:
             self.metrics.write(done, {"knn_top1": top1})
             self.progress.note(f"step {done}: kNN top-1 {100 * top1:.1f} %")
 
     def _draw(self, done: int) -> None:
-        with self.autocast:
+        with self.autocast, whole_weights(self.objective):
             picture = draw_fixed(self.objective, run=self.run)
         if picture is not None and self.run.world.is_main:
             self.metrics.image("reconstructions", picture, done)

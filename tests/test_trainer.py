@@ -346,3 +346,39 @@ def test_phases_step_their_own_optimizers_with_their_own_sign(tmp_path):
     assert Duel.phases_seen == ["down", "up"] * 3
     line = read_metrics(run_dir / "metrics.jsonl")[-1]
     assert (line["lr/low"], line["lr/high"], line["down/loss"], line["up/loss"]) == (1.0, 0.5, -1.0, -2.0)
+
+
+# --- evaluation on the way, precision, compilation -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_evaluation_and_pictures_are_the_same_on_two_ranks(tmp_path, mode):
+    options = ["train.steps=2", "evaluate.knn={max_train: 200, max_test: 50}", "log.num_images=2"]
+
+    def watched(name: str, *more: str) -> tuple[float, bytes]:
+        run_dir = run(tmp_path / name, *options, *more)
+        [top1] = [line["knn_top1"] for line in read_metrics(run_dir / "metrics.jsonl") if "knn_top1" in line]
+        return top1, (run_dir / "reconstructions" / "step_00000002.png").read_bytes()
+
+    alone = watched("alone")
+    ranks = run_ranks(lambda rank: watched(mode, f"train.distributed={mode}"))
+    assert ranks[0][0] == pytest.approx(alone[0], abs=0.03)
+    assert 0.2 < alone[0] <= 1.0
+    assert len(ranks[0][1]) == pytest.approx(len(alone[1]), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own, when it looks
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_blocks_give_the_losses_of_eager_ones(tmp_path):
+    eager = run(tmp_path / "eager", "train.steps=3")
+    compiled = run(tmp_path / "compiled", "train.steps=3", "train.compile=true")
+    assert losses_of(compiled) == pytest.approx(losses_of(eager), rel=1e-5)
+
+
+def test_bfloat16_autocast_stays_near_float32_and_keeps_the_weights_in_float32(tmp_path):
+    full = run(tmp_path / "full", "train.steps=3")
+    half = run(tmp_path / "half", "train.steps=3", "train.precision=bfloat16")
+    assert losses_of(half) == pytest.approx(losses_of(full), rel=1e-2)
+    assert losses_of(half) != losses_of(full)
+    assert {tensor.dtype for tensor in final_tensors(half).values()} == {torch.float32}

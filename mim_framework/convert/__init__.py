@@ -1,4 +1,4 @@
-"""Checkpoints of other code bases: read as data, written back in their layouts. The layouts themselves are in plugins."""
+"""Checkpoints of other code bases, read as data and written in their layouts; plugins know the layouts."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -26,14 +27,10 @@ WEIGHTS, SLOTS = "weights.safetensors", "slots.yaml"
 _REST_OF_A_RECIPE: dict[str, Any] = {
     "name": "import",
     "data": {"source": {"type": "folder", "root": "."}},
-    "masker": "random",
-    "target": "pixels",
-    "decoder": "mae_decoder",
-    "loss": "mse",
     "optim": {"lr": 1.0},
     "train": {"total_batch_size": 1, "steps": 1},
 }
-"""Enough to build the model that the slots of a format describe; none of it is written."""
+"""What building a model takes besides the slots that a format describes; none of it is written."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,20 @@ class ImportReport:
     def __str__(self) -> str:
         lines = [f"layout {self.format}: {len(self.matched)} tensors matched"]
         lines += [f"  resized     {name} {old} -> {new}" for name, (old, new) in self.resized.items()]
-        lines += [f"  missing     {name} {shape}" for name, shape in self.missing.items()]
+        lines += [f"  missing     {line}" for line in self._missing_lines()]
         lines += [f"  unexpected  {name} {shape}" for name, shape in self.unexpected.items()]
         lines += [f"weights: {self.folder / WEIGHTS}", f"to paste into a recipe: {self.folder / SLOTS}"]
         return "\n".join(lines)
+
+    def _missing_lines(self) -> Iterator[str]:
+        """A part of the model of which the file holds nothing, such as the decoder, takes one line."""
+        parts = ("encoder.", *dict.fromkeys(re.match(r"(heads\.\w+\.\w+\.)?", name)[0] for name in self.missing))
+        for part in filter(None, parts):
+            inside = [name for name in self.missing if name.startswith(part)]
+            if inside and not any(name.startswith(part) for name in self.matched):
+                yield f"{part}* (all {len(inside)} tensors)"
+            else:
+                yield from (f"{name} {self.missing[name]}" for name in inside)
 
 
 def import_checkpoint(
@@ -89,7 +96,7 @@ def import_checkpoint(
     if unknown := [f"{slot}.{name}" for slot, each in slots.items() for name, value in each.items() if value is None]:
         raise CheckpointError(f"{file} does not tell {', '.join(unknown)}; give the value, for example {unknown[0]}=12")
 
-    model = build_model(Recipe.model_validate({**_REST_OF_A_RECIPE, **slots}), registry, load=False)
+    model = build_model(Recipe.model_validate({**_REST_OF_A_RECIPE, **slots}), registry, with_weights=False)
     wanted = model.objective.state_dict()
     found = checkpoint_format.import_state(foreign.state)
     resized = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ SAFE_GLOBALS: list[Any] = [
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
 ]
-"""What a file may name besides tensors and plain containers: the parsed options and numbers that training scripts save."""
+"""What a file may name besides tensors and plain containers: parsed options and numbers of a training script."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def read_checkpoint(path: Path) -> ForeignCheckpoint:
 
 def _load_without_code(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on files that are no torch checkpoints; they are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -76,8 +78,8 @@ def _load_without_code(path: Path) -> Any:
                 f"{path} cannot be read as a torch checkpoint: {str(error).splitlines()[0]}"
             ) from error
         raise CheckpointError(
-            f"{path} is refused: it is no plain data, loading it would run '{named[1]}'. If you trust its source, save its "
-            "weights as a safetensors file in the code base that wrote it"
+            f"{path} is refused: it is no plain data, loading it would run '{named[1]}'. If you trust its source, save "
+            "its weights as a safetensors file in the code base that wrote it"
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read as a torch checkpoint: {error}") from error

@@ -1,14 +1,12 @@
 """What frozen features are worth: weighted k-nearest-neighbour classification, during a run and after it.
 
-Start at `knn_predict`. A run measures its encoder on the way (`online_knn`); `evaluate_run` compares raw pixels, the
-untrained and the trained encoder of a run.
+Start at `knn_predict`; `online_knn` is what a run calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -22,9 +20,6 @@ from mim_framework.data.loader import evaluation_batches
 from mim_framework.errors import DataError, MimError
 from mim_framework.evaluate import evaluation_mode
 from mim_framework.records import Mask
-
-if TYPE_CHECKING:
-    from mim_framework.plugins import Registry
 
 MAX_RAW_SIDE = 32
 """Raw pixels are compared at this size at most, as larger images would not fit into memory."""
@@ -178,39 +173,3 @@ def online_knn(
     """`knn_top1` of an encoder, which is left in the mode in which it was."""
     with evaluation_mode(encoder):
         return knn_top1(pooled_tokens(encoder, section.pool), views, sources, section, device, workers=workers)
-
-
-def evaluate_run(
-    run_dir: Path,
-    *,
-    checkpoint: Path | None = None,
-    registry: Registry | None = None,
-    section: KNNSection | None = None,
-) -> dict[str, float]:
-    """kNN top-1 of `raw_pixels`, of the `untrained` encoder (same recipe and seed) and of the `trained` one.
-
-    Args:
-        checkpoint: by default the newest whole one of the run.
-        section: by default the recipe's `evaluate.knn`.
-
-    Raises:
-        DataError: if the run's source has no labelled images.
-        CheckpointError: if there is no whole checkpoint.
-    """
-    from mim_framework.build import load_run  # builds from recipes, one section of which is defined above
-
-    run = load_run(run_dir, checkpoint=checkpoint, registry=registry)
-    sources = run.source.evaluation_sources()
-    if sources is None:
-        raise DataError(
-            f"kNN needs labelled images to learn from and to test on; source '{run.source.name}' of {run_dir} has "
-            "none. A folder has them with data.source.labels=true and data.source.eval_root=FOLDER"
-        )
-    section = section or run.recipe.evaluate.knn or KNNSection()
-    workers = run.recipe.data.num_workers
-    untrained = load_run(run_dir, trained=False, registry=registry).objective.encoder
-    return {
-        "raw_pixels": knn_top1(raw_pixels(run.views), run.views, sources, section, run.device, workers=workers),
-        "untrained": online_knn(untrained, run.views, sources, section, run.device, workers=workers),
-        "trained": online_knn(run.objective.encoder, run.views, sources, section, run.device, workers=workers),
-    }

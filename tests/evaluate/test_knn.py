@@ -13,7 +13,6 @@ from mim_framework.errors import DataError, MimError
 from mim_framework.evaluate import knn
 from mim_framework.evaluate.knn import (
     KNNSection,
-    evaluate_run,
     features,
     knn_predict,
     knn_top1,
@@ -21,6 +20,7 @@ from mim_framework.evaluate.knn import (
     pooled_tokens,
     raw_pixels,
 )
+from mim_framework.evaluate.run import evaluate_run
 from mim_framework.records import Sample
 
 CPU = torch.device("cpu")

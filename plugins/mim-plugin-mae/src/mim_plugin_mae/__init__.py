@@ -1,7 +1,7 @@
 """MAE, masked autoencoders (He et al. 2021, arXiv 2111.06377): the visible-only ViT and its light decoder.
 
 Start at `MAEEncoder.forward` and `MAEDecoder.forward`: a step is those two between the core's `random` masker, `pixels`
-target and `mse` loss.
+target and `mse` loss. The layouts of official checkpoints are in `checkpoints.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mim_framework import (
     patchify,
     sincos_position_table,
 )
-
+from mim_plugin_mae.checkpoints import MMPretrainCheckpoint, OfficialCheckpoint, TimmCheckpoint
 
 norm_layer = partial(nn.LayerNorm, eps=1e-6)  # models_mae.py: eps of every LayerNorm
 
@@ -75,7 +75,7 @@ class EncoderBlock(Block):
 
 
 class LastBlock(Block):
-    """timm's block for a caller who needs the output of some tokens only: exact, and without the work for the others."""
+    """timm's block for a caller who needs the output of some tokens only; exact, without the work for the others."""
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         """x (B, T, D), ids (B, M) or None for all tokens -> (B, M, D). Every token remains key and value."""
@@ -278,3 +278,8 @@ def mim_encoders():
 @hookimpl
 def mim_decoders():
     return [MAEDecoder]
+
+
+@hookimpl
+def mim_checkpoint_formats():
+    return [OfficialCheckpoint, TimmCheckpoint, MMPretrainCheckpoint]

@@ -1,0 +1,123 @@
+"""Where MAE's weights are found in the checkpoints of other code bases."""
+
+from __future__ import annotations
+
+import re
+from math import isqrt
+from typing import Any
+
+from torch import Tensor
+
+from mim_framework import CheckpointFormat
+
+ENCODER, DECODER = "encoder.", "heads.main.decoder."
+HEADS_OF_WIDTH = {384: 6, 512: 16, 768: 12, 1024: 16, 1280: 16}  # ViT-S, the decoder, ViT-B, -L, -H: no shape tells it
+
+
+class OfficialCheckpoint(CheckpointFormat):
+    """facebookresearch/mae: the encoder alone (`mae_pretrain_vit_base.pth`) or with the decoder (`..._full.pth`)."""
+
+    name = "mae_official"
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        needed = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.bias"}
+        return needed <= state.keys() and "blocks.0.gamma_1" not in state  # with layer scale it is a BEiT
+
+    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        patch_size = state["patch_embed.proj.weight"].shape[-1]
+        side = isqrt(state["pos_embed"].shape[1] - 1)
+        decoder = transformer_options(state, "decoder_blocks", "mask_token") if "mask_token" in state else {}
+        return {
+            "views": {"type": "image", "img_size": side * patch_size},
+            "masker": {"type": "random"},
+            "encoder": {
+                "type": "mae_vit",
+                "patch_size": patch_size,
+                **transformer_options(state, "blocks", "cls_token"),
+            },
+            "target": {"type": "pixels"},
+            "decoder": {"type": "mae_decoder", **decoder},
+            "loss": {"type": "mse"},
+        }
+
+    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        decoder = ("mask_token", "decoder_")
+        return {
+            DECODER + name if name.startswith(decoder) else ENCODER + re.sub("^blocks", "layers", name): tensor
+            for name, tensor in state.items()
+        }
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The encoder, and the decoder if the run has this one."""
+        exported = encoder_state(state)
+        if DECODER + "mask_token" in state:
+            exported |= {
+                name.removeprefix(DECODER): tensor for name, tensor in state.items() if name.startswith(DECODER)
+            }
+        return exported
+
+
+class TimmCheckpoint(OfficialCheckpoint):
+    """The encoder for timm's `VisionTransformer`: token pooling, or average pooling with `fc_norm=False`."""
+
+    name = "mae_timm"
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        return False  # the same names as in the official layout, which reads them
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return encoder_state(state)
+
+
+class MMPretrainCheckpoint(OfficialCheckpoint):
+    """open-mmlab/mmpretrain's MAE. Its position tables have the two halves exchanged; they are taken as they are."""
+
+    name = "mae_mmpretrain"
+    renames = (
+        (r"^backbone\.ln1\.", "norm."),
+        (r"^neck\.ln1\.", "decoder_norm."),
+        (r"^(backbone|neck)\.", ""),
+        (r"^layers\.", "blocks."),
+        (r"\.projection\.", ".proj."),
+        (r"\.ln([12])\.", r".norm\1."),
+        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+        (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+    )
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        other_methods = {"backbone.mask_token", "backbone.proj_weights", "backbone.layers.0.gamma_1"}
+        return "backbone.layers.0.attn.qkv.bias" in state and not other_methods & state.keys()
+
+    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        return super().to_recipe(self.official(state))
+
+    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return super().import_state(self.official(state))
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise ValueError("it can be read only; use 'official'")
+
+    def official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {self.official_name(name): tensor for name, tensor in state.items()}
+
+    def official_name(self, name: str) -> str:
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+def transformer_options(state: dict[str, Tensor], blocks: str, token: str) -> dict[str, Any]:
+    """Options that the shapes tell; the number of heads is known for the published widths only, else None."""
+    embed_dim = state[token].shape[-1]
+    return {
+        "embed_dim": embed_dim,
+        "depth": len({name.split(".")[1] for name in state if name.startswith(blocks + ".")}),
+        "num_heads": HEADS_OF_WIDTH.get(embed_dim),
+        "mlp_ratio": state[f"{blocks}.0.mlp.fc1.weight"].shape[0] / embed_dim,
+    }
+
+
+def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder of an objective's state under its official names."""
+    inside = {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
+    return {re.sub("^layers", "blocks", name): tensor for name, tensor in inside.items()}

@@ -1,0 +1,105 @@
+"""Foreign files are data: what they hold is read, and nothing in them runs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mim_framework.convert import read_checkpoint
+from mim_framework.errors import CheckpointError
+
+WEIGHTS = {"norm.weight": torch.tensor([1.0, 2.0])}
+
+
+class Payload:
+    """What an attacker would put into a file: loading it creates the canary."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.canary}",)
+
+
+def test_training_checkpoint_with_a_namespace_and_numpy_numbers_is_read(tmp_path: Path):
+    options = Namespace(blr=1.5e-4, norm_pix_loss=True, input_size=224, mask_ratio=np.float64(0.75), seed=np.int64(3))
+    torch.save({"model": WEIGHTS, "optimizer": {"state": {}}, "epoch": 7, "args": options}, tmp_path / "full.pth")
+    foreign = read_checkpoint(tmp_path / "full.pth")
+    assert foreign.state.keys() == WEIGHTS.keys()
+    assert foreign.state["norm.weight"].tolist() == [1.0, 2.0]
+    assert foreign.options == vars(options)
+
+
+def test_weights_are_found_under_state_dict_bare_and_behind_a_distributed_wrapper(tmp_path: Path):
+    for name, content in {
+        "a.pth": {"state_dict": WEIGHTS, "meta": {"epoch": 1}},
+        "b.pth": WEIGHTS,
+        "c.pth": {"model": {"module.norm.weight": WEIGHTS["norm.weight"]}},
+    }.items():
+        torch.save(content, tmp_path / name)
+        assert read_checkpoint(tmp_path / name).state.keys() == WEIGHTS.keys()
+    save_file(WEIGHTS, tmp_path / "d.safetensors")
+    assert read_checkpoint(tmp_path / "d.safetensors").state.keys() == WEIGHTS.keys()
+
+
+def test_files_of_the_old_torch_format_are_read(tmp_path: Path):
+    content = {"model": WEIGHTS, "args": Namespace(epochs=800)}
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert read_checkpoint(tmp_path / "old.pth").options == {"epochs": 800}
+
+
+@pytest.mark.parametrize("where", ["args", "model"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_payload_is_refused_and_does_not_run(tmp_path: Path, where: str, zipped: bool):
+    canary = tmp_path / "canary"
+    content = {"model": WEIGHTS, "args": None} | {where: Payload(canary)}
+    torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"evil\.pth is refused: .* loading it would run 'posix\.system'"):
+        read_checkpoint(tmp_path / "evil.pth")
+    assert not canary.exists()
+    torch.load(tmp_path / "evil.pth", weights_only=False)  # the control: loaded carelessly, it does run
+    assert canary.exists()
+
+
+def test_a_plain_pickle_payload_is_refused_and_does_not_run(tmp_path: Path):
+    canary = tmp_path / "canary"
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Payload(canary)))
+    with pytest.raises(CheckpointError, match=r"evil\.pkl (is refused|cannot be read)"):
+        read_checkpoint(tmp_path / "evil.pkl")
+    assert not canary.exists()
+
+
+def test_a_payload_inside_an_allowed_namespace_is_refused(tmp_path: Path):
+    canary = tmp_path / "canary"
+    torch.save({"model": WEIGHTS, "args": Namespace(hook=Payload(canary))}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="is refused"):
+        read_checkpoint(tmp_path / "evil.pth")
+    assert not canary.exists()
+
+
+def test_other_files_end_in_an_error_that_names_them(tmp_path: Path):
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match=r"list\.pth holds a list, not a dictionary"):
+        read_checkpoint(tmp_path / "list.pth")
+    torch.save({"epoch": 3, "loss": 0.1}, tmp_path / "log.pth")
+    with pytest.raises(CheckpointError, match=r"log\.pth holds no weights; its keys are epoch, loss"):
+        read_checkpoint(tmp_path / "log.pth")
+    (tmp_path / "page.pth").write_text("<html>not found</html>")
+    with pytest.raises(CheckpointError, match=r"page\.pth cannot be read as a torch checkpoint"):
+        read_checkpoint(tmp_path / "page.pth")
+    (tmp_path / "page.safetensors").write_text("<html>not found</html>")
+    with pytest.raises(CheckpointError, match=r"page\.safetensors cannot be read as safetensors"):
+        read_checkpoint(tmp_path / "page.safetensors")
+    with pytest.raises(CheckpointError, match=r"absent\.pth cannot be read"):
+        read_checkpoint(tmp_path / "absent.pth")
+    torch.save(WEIGHTS, tmp_path / "whole.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:200])
+    with pytest.raises(CheckpointError, match=r"cut\.pth cannot be read"):
+        read_checkpoint(tmp_path / "cut.pth")

@@ -1,0 +1,83 @@
+"""What the documents show is true: commands exist, recipes validate, files are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+from mim_framework.cli import main
+from mim_framework.plugins import Registry
+from mim_framework.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("plugins/*/README.md"), *ROOT.glob("*/README.md"))]
+PAGES = "\n".join(path.read_text() for path in DOCUMENTS)
+
+
+def find_command(words: list[str]) -> click.Command:
+    command: click.Command = main
+    for word in words:
+        if not isinstance(command, click.Group):
+            break
+        assert word in command.commands, f"mim has no command '{' '.join(words)}'"
+        command = command.commands[word]
+    return command
+
+
+def shown_commands() -> set[str]:
+    """Every `mim ...` in code, without its arguments' values."""
+    code = re.findall(r"^(?:\$ )?mim ([^#|\n`]+)", PAGES, re.MULTILINE) + re.findall(r"`mim ([^`]+)`", PAGES)
+    return {text.strip() for text in code}
+
+
+@pytest.mark.parametrize("text", sorted(shown_commands()))
+def test_every_command_shown_exists_with_its_options(text):
+    words = text.split()
+    command = find_command([word for word in words if not word.startswith("-")])
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options
+
+
+def test_enough_commands_are_found_to_trust_the_test_above():
+    assert {"run", "check", "bench", "doctor", "eval"} <= {text.split()[0] for text in shown_commands()}
+
+
+def test_every_make_target_shown_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    shown = set(re.findall(r"^make ([\w-]+)", PAGES, re.MULTILINE))
+    assert {"demo", "test"} <= shown
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in shown)
+
+
+def test_every_recipe_shown_validates(tmp_path):
+    recipes = re.findall(r"```yaml\n(name:.*?)```", PAGES, re.DOTALL)
+    assert recipes
+    for number, text in enumerate(recipes):
+        file = tmp_path / f"shown_{number}.yaml"
+        file.write_text(text)
+        load_recipe(file, [], Registry())
+
+
+def test_every_relative_link_leads_somewhere():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
+
+
+def test_every_shipped_recipe_validates_and_lies_in_the_recipes_folder():
+    for recipe in Registry().recipes():
+        assert load_recipe(recipe.path, [], Registry()).name
+        assert (ROOT / "recipes" / recipe.path.name).resolve() == recipe.path.resolve()
+
+
+def test_every_number_of_the_mae_recipe_says_where_it_comes_from():
+    section, without = "", []
+    for line in (ROOT / "recipes" / "mae.yaml").read_text().splitlines():
+        key, _, rest = line.partition(":")
+        section = key if line and not line.startswith((" ", "#")) else section
+        if section in ("views", "masker", "encoder", "decoder", "optim", "train") and re.search(r"\d", rest.partition("#")[0]):
+            without += [] if "#" in rest else [line]
+    assert without == []

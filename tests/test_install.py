@@ -1,0 +1,91 @@
+"""The built wheels in a clean environment, and processes started by a launcher. Slow: these are what a user does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+TINY = ["train.epochs=null", "train.steps=2", "train.total_batch_size=4", "evaluate.knn=null", "log.tensorboard=false"]
+
+
+def call(*command: object, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MIM_", "VIRTUAL_ENV"))}
+    result = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("wheels")
+    for project in (ROOT, ROOT / "plugins" / "mim-plugin-mae"):
+        call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, project, cwd=folder)
+    return {path.name.split("-")[0]: path for path in folder.glob("*.whl")}
+
+
+@pytest.fixture
+def clean(tmp_path) -> Path:
+    """A new environment that borrows the dependencies of this one, but none of our own packages."""
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    borrowed = tmp_path / "borrowed"
+    borrowed.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "mim_" not in entry.name and not entry.name.endswith(".pth"):
+            (borrowed / entry.name).symlink_to(entry)
+    [site] = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "borrowed.pth").write_text(f"{borrowed}\n")
+    return tmp_path / "venv"
+
+
+def install(clean: Path, *wheels: Path) -> None:
+    call(clean / "bin/python", "-m", "pip", "install", "--no-deps", "--no-index", *wheels, cwd=clean)
+
+
+def test_installed_wheels_list_the_plugin_and_train(clean, wheels, tmp_path):
+    install(clean, *wheels.values())
+    assert "mim_framework" not in call(clean / "bin/python", "-c", "import sys; print(sys.path)", cwd=tmp_path).stdout
+    listed = call(clean / "bin/mim", "plugins", "list", cwd=tmp_path).stdout
+    assert re.search(r"mae_vit", listed)
+    assert "quickstart" in call(clean / "bin/mim-framework", "recipes", "list", cwd=tmp_path).stdout
+    call(clean / "bin/mim", "run", "quickstart", *TINY, cwd=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "runs/quickstart/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 2
+    assert lines[-1]["loss"] > 0
+
+
+def test_without_the_plugin_the_recipe_names_it_in_one_line(clean, wheels, tmp_path):
+    install(clean, wheels["mim_framework"])
+    recipe = (ROOT / "recipes" / "quickstart.yaml").resolve()
+    failed = call(clean / "bin/mim", "run", recipe, cwd=tmp_path, check=False)
+    assert failed.returncode == 1
+    [line] = failed.stderr.strip().splitlines()
+    assert "mae_vit" in line
+    assert "pip install mim-plugin-mae" in line
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_the_command_line_starts_two_ranks_and_resumes(tmp_path, mode):
+    mim = [sys.executable, "-m", "mim_framework", "run", "quickstart", f"train.distributed={mode}", *TINY]
+    call(*mim, "checkpoint.every_steps=1", "--nproc-per-node", "2", cwd=tmp_path)
+    lines = (tmp_path / "runs/quickstart/metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 2
+    environment = json.loads((tmp_path / "runs/quickstart/environment.json").read_text())
+    assert environment["world_size"] == 2
+
+
+def test_torchrun_starts_the_same_run(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mim_framework"]
+    call(*torchrun, "run", "quickstart", *TINY, cwd=tmp_path)
+    assert (tmp_path / "runs/quickstart/checkpoints/step_00000002/manifest.json").exists()
