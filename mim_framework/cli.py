@@ -294,7 +294,7 @@ def evaluate() -> None:
 @click.pass_obj
 def knn(settings: Settings, run: Path) -> None:
     """Top-1 accuracy of nearest neighbours: raw pixels, untrained encoder, trained encoder."""
-    from mim_framework.evaluate.knn import evaluate_run
+    from mim_framework.evaluate.run import evaluate_run
 
     for name, value in evaluate_run(run, registry=settings.registry).items():
         click.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

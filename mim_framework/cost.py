@@ -70,15 +70,13 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) 
     """Operations per second of the device's best large matrix product in this precision, measured now."""
     size = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + seconds
-    a @ b
-    synchronize(device)
-    while time.perf_counter() < end:
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
         start = time.perf_counter()
         a @ b
         synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
 
 
 def synchronize(device: torch.device) -> None:

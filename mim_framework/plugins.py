@@ -490,7 +490,9 @@ def _registered(info: PluginInfo, module: ModuleType) -> dict[str, list[type]]:
         manager.register(module, name=info.name)
         manager.check_pending()
         return {
-            kind: [_checked(kind, cls) for classes in getattr(manager.hook, hook)() for cls in _as_list(hook, classes)]
+            kind: _distinct(
+                [_checked(kind, cls) for classes in getattr(manager.hook, hook)() for cls in _as_list(hook, classes)]
+            )
             for kind, hook in hookspecs.HOOK_OF_KIND.items()
         }
     except (Exception, SystemExit) as error:
@@ -509,6 +511,13 @@ def _as_list(hook: str, classes: Any) -> list[Any]:
     if not isinstance(classes, list | tuple):
         raise _Refused(f"{hook}() returned {classes!r}, a list of classes is needed")
     return list(classes)
+
+
+def _distinct(classes: list[type]) -> list[type]:
+    for name, count in Counter(cls.name for cls in classes).items():  # type: ignore[attr-defined]
+        if count > 1:
+            raise _Refused(f"{count} classes of one kind are named '{name}'")
+    return classes
 
 
 def _checked(kind: str, cls: Any) -> type:

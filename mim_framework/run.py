@@ -137,6 +137,7 @@ def prepare_directory(recipe: Recipe, registry: Registry, world: World, *, fresh
                 f"{directory} holds a run of another recipe, which cannot be resumed: {'; '.join(changed)}. "
                 "Undo the change, or give the run another name: name=..."
             )
+    world.barrier()  # every rank has read the old recipe before a new one is written
     if world.is_main:
         try:
             directory.mkdir(parents=True, exist_ok=True)

@@ -109,6 +109,8 @@ LOAD_FAULTS = {
     "other kind": ("", "@hookimpl\ndef mim_losses():\n    return [Spiral]\n", "Spiral, which is no subclass of Loss"),
     "no name": ("", "class Bare(Masker):\n    pass\n@hookimpl\ndef mim_maskers():\n    return [Spiral, Bare]\n",
                 "Bare needs a class attribute `name`"),
+    "one name twice": ("", "class Two(Spiral):\n    pass\n@hookimpl\ndef mim_maskers():\n    return [Spiral, Two]\n",
+                       "2 classes of one kind are named 'spiral'"),
     "no section": ("", "Spiral.Config = dict\n", "Spiral.Config must be a subclass of mim_framework.Section"),
     "field type": ("", "class Odd(Section):\n    type: str = ''\nSpiral.Config = Odd\n", "has a field 'type'"),
     "wrong arguments": ("", "@hookimpl\ndef mim_run_started(runner):\n    pass\n", "runner"),

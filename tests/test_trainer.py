@@ -72,7 +72,7 @@ class PoisonedLoss(MSELoss):
 
 def recipe_at(folder: Path, *overrides: str, registry: RegistryWith | None = None, **changes):
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "recipe_in.yaml"
+    file = folder / f"recipe_{os.getpid()}.yaml"  # ranks are processes
     file.write_text(yaml.safe_dump({**RECIPE, **changes}))
     return load_recipe(file, [f"output_dir={folder}", *overrides], registry or RegistryWith(RecordingMasker, PoisonedLoss))
 

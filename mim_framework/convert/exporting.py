@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mim_framework.build import load_run
+from mim_framework.build import build_model, load_into
 from mim_framework.components import CheckpointFormat
 from mim_framework.errors import CheckpointError
 from mim_framework.plugins import Registry
+from mim_framework.recipe import load_recipe
 
 SUFFIX_OF = {"official": ".pth"}
 """Official code reads what `torch.save` writes; every other layout becomes a safetensors file."""
@@ -29,12 +30,14 @@ def export_run(run_dir: Path, to: str, output: Path | None = None, registry: Reg
         CheckpointError: if the plugin has no such layout, the layout cannot hold the model, or writing fails.
     """
     registry = registry or Registry()
-    run = load_run(run_dir, registry=registry)
-    encoder = run.objective.encoder
-    checkpoint_format = _format_of(type(encoder), to, registry)
-    state = {name: tensor.cpu() for name, tensor in run.objective.state_dict().items()}
+    if not (run_dir / "recipe.yaml").is_file():
+        raise CheckpointError(f"{run_dir} is no run directory: it has no recipe.yaml")
+    recipe = load_recipe(run_dir / "recipe.yaml", [], registry)
+    checkpoint_format = _format_of(registry.find("encoder", recipe.encoder.type), to, registry)
+    model = build_model(recipe, registry, with_weights=False)
+    load_into(model.objective, run_dir)
     try:
-        exported = checkpoint_format.export_state(state)
+        exported = checkpoint_format.export_state(model.objective.state_dict())
     except ValueError as error:
         raise CheckpointError(f"{run_dir} cannot be written in layout '{to}': {error}") from error
     output = output or run_dir / "export" / f"{to}{SUFFIX_OF.get(to, '.safetensors')}"

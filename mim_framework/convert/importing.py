@@ -46,7 +46,7 @@ class ImportReport:
     missing: dict[str, tuple[int, ...]]
     """Names in the recipe's model that the file lacks; they start at random."""
     unexpected: dict[str, tuple[int, ...]]
-    """Names in the file that the model has no place for; they are left out."""
+    """Tensors of the file that the model has no place for, by the name they would have; they are left out."""
 
     def __str__(self) -> str:
         lines = [f"layout {self.format}: {len(self.matched)} tensors matched"]

@@ -122,7 +122,7 @@ class MAEEncoder(Encoder):
         self.patch_embed = PatchEmbed(view.img_size, options.patch_size, view.in_chans, options.embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, options.embed_dim))
         self.register_buffer("pos_embed", position_table(options.embed_dim, grid, num_prefix_tokens=1))
-        rates = torch.linspace(0, options.drop_path_rate, options.depth).tolist()
+        rates = [options.drop_path_rate * i / max(1, options.depth - 1) for i in range(options.depth)]
         self.layers = nn.ModuleList(  # `blocks` in the official code; here that is a method of every component
             EncoderBlock(options.embed_dim, options.num_heads, options.mlp_ratio, drop_path=rate, **BLOCK_OPTIONS)
             for rate in rates
