@@ -254,7 +254,9 @@ def make_step(recipe: Recipe, positions: torch.Tensor, **changes: Any) -> Step:
 
 
 def preflight(model: Model, device: torch.device) -> dict[str, float]:
-    """One made-up batch of two images through forward and backward; returns its losses and leaves no gradient behind.
+    """One made-up batch of two images through forward and backward; returns its losses.
+
+    It leaves no gradient behind, and the buffers as they were: running statistics are not for made-up images.
 
     Raises:
         RecipeError: if a component fails, a mask breaks its promise, or a trainable parameter gets no gradient.
@@ -264,6 +266,7 @@ def preflight(model: Model, device: torch.device) -> dict[str, float]:
     batch = {name: tensor.to(device) for name, tensor in model.views.example(2).items()}
     got_gradient: set[str] = set()
     losses: dict[str, torch.Tensor] = {}
+    buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
         for phase in recipe.phase_names():
@@ -279,6 +282,9 @@ def preflight(model: Model, device: torch.device) -> dict[str, float]:
                 raise RecipeError(f"{recipe.location('')}: the model fails on a made-up batch: {error}") from error
             got_gradient |= {name for name, p in objective.named_parameters() if p.grad is not None}
             objective.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, buffer in objective.named_buffers():
+            buffer.copy_(buffers[name])
     idle = [name for name, p in objective.named_parameters() if p.requires_grad and name not in got_gradient]
     if idle:
         raise RecipeError(

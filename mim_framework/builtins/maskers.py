@@ -38,13 +38,14 @@ class RandomMasker(Masker):
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
         encoder = specs.encoder
-        cell = self.config.mask_patch_size or encoder.stride
-        img_size = specs.view("x").img_size
-        if any(size % cell for size in img_size):
-            raise ValueError(f"image size {img_size[0]}x{img_size[1]} is not a multiple of mask_patch_size {cell}")
-        if cell % encoder.stride and encoder.stride % cell:
-            raise ValueError(f"mask_patch_size {cell} and the encoder's stride {encoder.stride} must divide one another")
-        grid = Grid((img_size[0] // cell, img_size[1] // cell))
+        cell, grid = self.config.mask_patch_size or encoder.stride, encoder.grid
+        if self.config.mask_patch_size is not None:
+            img_size = specs.view("x").img_size
+            if any(size % cell for size in img_size):
+                raise ValueError(f"image size {img_size[0]}x{img_size[1]} is not a multiple of mask_patch_size {cell}")
+            if cell % encoder.stride and encoder.stride % cell:
+                raise ValueError(f"mask_patch_size {cell} and the encoder's stride {encoder.stride} must divide one another")
+            grid = Grid((img_size[0] // cell, img_size[1] // cell))
         ratio, count = self.config.mask_ratio, grid.num_patches
         self.num_keep = int(count * (1 - ratio)) if self.config.rounding == "keep_floor" else count - ceil(count * ratio)
         if self.num_keep < 1:
