@@ -4,8 +4,8 @@
     python benchmarks/mae_step.py --against ~/src/mae               # beside a checkout of facebookresearch/mae
 
 Steps of all variants are interleaved, so that a busy machine disturbs all of them alike; medians are compared.
-The official code is imported from the checkout as it stands. What it expects of old libraries is supplied in memory:
-`np.float`, the `qk_scale` argument of timm's block, and attention computed as timm 0.3.2 did, without the fused kernel.
+The official code is imported from the checkout as it stands. What it expects of the libraries of its time is supplied
+in memory: `np.float`, and timm 0.3.2's block, whose attention uses no fused kernel.
 """
 
 from __future__ import annotations
@@ -73,27 +73,31 @@ def ours(options: dict[str, Any], device: torch.device) -> tuple[nn.Module, torc
     return model, optimizer, loss
 
 
+class OldAttention(timm.layers.Attention):
+    """Attention in the steps of timm 0.3.2, which the official code requires: no fused kernel."""
+
+    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT * self.scale).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+class OldBlock(timm_vit.Block):
+    """A block that takes the argument `qk_scale`, which later versions dropped."""
+
+    def __init__(self, *args: Any, qk_scale: None = None, **options: Any) -> None:
+        super().__init__(*args, attn_layer=OldAttention, **options)
+
+
 @contextmanager
 def libraries_of_2021() -> Iterator[None]:
     """What the official code expects of numpy and timm, while it is imported and its model is built."""
-
-    class OldBlock(timm_vit.Block):
-        def __init__(self, *args: Any, qk_scale: None = None, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-
-    block, fused = timm_vit.Block, timm.layers.use_fused_attn()
-    had_float = hasattr(np, "float")
-    timm_vit.Block = OldBlock
-    timm.layers.set_fused_attn(False)
-    if not had_float:
-        np.float = float
+    block, vars(np)["float"], timm_vit.Block = timm_vit.Block, float, OldBlock
     try:
         yield
     finally:
         timm_vit.Block = block
-        timm.layers.set_fused_attn(bool(fused))
-        if not had_float:
-            del np.float
+        del vars(np)["float"]
 
 
 def official(
@@ -133,8 +137,11 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2, help="steps per variant before measuring")
     parser.add_argument("--precision", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--threads", type=int, help="CPU threads of torch; by default all")
     parser.add_argument("--compile", action="store_true", help="compile our transformer blocks")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
 
     sides = {"ours": ours(MODELS[args.model], args.device)}
     if args.compile:
@@ -163,18 +170,16 @@ def main() -> None:
     device = (
         torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     )
-    print(
-        f"MAE ViT-{args.model}, {IMG_SIZE} px, batch {args.batch_size}, {args.device} ({device}), torch {torch.__version__}"
-    )
+    where = f"{args.device} ({device}), torch {torch.__version__}"
+    print(f"MAE ViT-{args.model}, {IMG_SIZE} px, batch {args.batch_size}, {where}")
     medians = {variant: statistics.median(measured) for variant, measured in rates.items()}
     for (side, precision), median in medians.items():
         measured = rates[side, precision]
         print(f"{side:9} {precision:9} {median:8.2f} images/s   ({min(measured):.2f} to {max(measured):.2f})")
     if args.against:
         for precision in args.precision:
-            print(
-                f"{precision} against {precision}: {medians['ours', precision] / medians['official', precision]:.2f} times"
-            )
+            ratio = medians["ours", precision] / medians["official", precision]
+            print(f"{precision} against {precision}: {ratio:.2f} times")
         if len(args.precision) == 2:
             ratio = medians["ours", "bfloat16"] / medians["official", "float32"]
             print(f"our bfloat16 against their float32 (their only mode on a CPU): {ratio:.2f} times")

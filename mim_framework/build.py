@@ -16,7 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from mim_framework.checkpoint import find_latest, load, load_weights
-from mim_framework.components import Decoder, Encoder, Head, Loss, Masker, Objective, Parts, Source, Specs, Target, ViewBuilder
+from mim_framework.components import (
+    Component,
+    Decoder,
+    Encoder,
+    Head,
+    Loss,
+    Masker,
+    Objective,
+    Parts,
+    Source,
+    Specs,
+    Target,
+    ViewBuilder,
+)
 from mim_framework.config import Choice
 from mim_framework.distributed import World, choose_device
 from mim_framework.errors import CheckpointError, RecipeError
@@ -109,6 +122,7 @@ class _Builder:
         with self.slot("teachers", "teachers"):
             teachers.add_copies(objective)
             for component in objective.components():
+                self.check_teacher_asks(component)
                 teachers.declare(component.teacher_asks())
         return Model(recipe, views, objective, teachers, self.specs)
 
@@ -152,6 +166,12 @@ class _Builder:
         divisible = all(b % a == 0 for a, b in ratios) or all(a % b == 0 for a, b in ratios)
         if len(mask.grid.shape) != len(encoder.spec.grid.shape) or not divisible:
             raise self.misfit("masker", f"{sides}: mask grid {mask.grid}, token grid {encoder.spec.grid}")
+
+    def check_teacher_asks(self, component: Component) -> None:
+        for name, ask in component.teacher_asks().items():
+            if lacking := self.specs.teacher(name).lacks(ask):
+                sides = f"{component.kind} '{component.name}' asks teacher '{name}' for {lacking}"
+                raise ValueError(f"{sides}, which its encoder lacks")
 
     def make(self, kind: str, where: str, choice: Choice, *arguments: Any) -> Any:
         cls, config = self.registry.resolve(kind, choice)
@@ -273,7 +293,8 @@ def preflight(model: Model, device: torch.device) -> dict[str, float]:
             step = make_step(recipe, positions, phase=phase, teachers=model.teachers.session())
             try:
                 views = model.views.prepare(step, batch)
-                if masker := getattr(objective, "masker", None):
+                masker = getattr(objective, "masker", None)
+                if isinstance(masker, Masker):  # an objective of its own may call anything so
                     for mask in masker(step, views).masks.values():
                         mask.validate()
                 losses = objective(step, views)

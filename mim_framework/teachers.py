@@ -152,6 +152,9 @@ class TeacherSession:
 
 def _move(copied: nn.Module, source: nn.Module, momentum: float) -> None:
     """copied = momentum * copied + (1 - momentum) * source; buffers are copied. Shards move with their own shard."""
+    for module in (copied, source):
+        if hasattr(module, "reshard"):  # FSDP leaves the weights of its root gathered after a forward pass
+            module.reshard()
     ours = [local(parameter) for parameter in copied.parameters()]
     theirs = [local(parameter).detach() for parameter in source.parameters()]
     get_ema_multi_avg_fn(momentum)(ours, theirs, 0)

@@ -54,13 +54,13 @@ class Trainer:
         self, recipe: Recipe, registry: Registry, world: World, device: torch.device, *, fresh: bool = False
     ) -> None:
         self.hook = registry.hook
+        source = build_source(recipe, registry)  # the cheapest to fail comes first
+        if len(source) == 0:
+            raise DataError(f"data.source '{recipe.data.source.type}' has no images")
         layout = batch_layout(recipe, world.rank, world.size)
         directory = prepare_directory(recipe, registry, world, fresh=fresh)
         model = build_model(recipe, registry).to(device)
         preflight(model, device)
-        source = build_source(recipe, registry)
-        if len(source) == 0:
-            raise DataError(f"data.source '{recipe.data.source.type}' has no images")
         self.run = Run(directory, recipe, world, device, model, source, layout, *run_length(recipe, len(source)))
         self.objective, self.teachers = model.objective, model.teachers
         self.evaluation_sources = source.evaluation_sources()
@@ -102,7 +102,8 @@ class Trainer:
                     optimizer.step()
                 for component in self.objective.components():
                     component.after_step(step)
-                self.teachers.update(step, self.objective)
+                if phase is self.phases[-1]:
+                    self.teachers.update(step, self.objective)  # once per step, however many phases it has
             else:
                 self._record_nonfinite(index, phase.name, micro_batches, history)
             self.objective.zero_grad(set_to_none=True)
@@ -255,7 +256,7 @@ class Trainer:
         if section.distributed == "fsdp" and run.world.size > 1:
             for teacher in self.teachers.copies():
                 for part in teacher.parts.values():
-                    shard(part, part.blocks(), run.device)
+                    shard(part, getattr(part, "blocks", list)(), run.device)  # a plain module has no blocks
         return wrap(self.objective, blocks, section.distributed, run.world, run.device, phases=len(self.phases))
 
     def _make_optimizers(self) -> dict[str, Optimizer]:

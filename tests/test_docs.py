@@ -73,11 +73,14 @@ def test_every_shipped_recipe_validates_and_lies_in_the_recipes_folder():
         assert (ROOT / "recipes" / recipe.path.name).resolve() == recipe.path.resolve()
 
 
-def test_every_number_of_the_mae_recipe_says_where_it_comes_from():
-    section, without = "", []
-    for line in (ROOT / "recipes" / "mae.yaml").read_text().splitlines():
-        key, _, rest = line.partition(":")
-        section = key if line and not line.startswith((" ", "#")) else section
-        if section in ("views", "masker", "encoder", "decoder", "optim", "train") and re.search(r"\d", rest.partition("#")[0]):
-            without += [] if "#" in rest else [line]
+@pytest.mark.parametrize("name", ["mae", "mae_vit_large", "mae_vit_huge"])
+def test_every_number_of_a_paper_recipe_says_where_it_comes_from(name):
+    """On its own line, or on the line of its section."""
+    section_has_source, without = False, []
+    for line in (ROOT / "recipes" / f"{name}.yaml").read_text().splitlines():
+        code, _, comment = line.partition("#")
+        if code and not code.startswith(" "):
+            section_has_source = bool(comment)
+        if re.search(r":.*\d", code) and not comment and not section_has_source:
+            without.append(line)
     assert without == []

@@ -58,8 +58,7 @@ class ImportReport:
 
     def _missing_lines(self) -> Iterator[str]:
         """A part of the model of which the file holds nothing, such as the decoder, takes one line."""
-        parts = ("encoder.", *dict.fromkeys(re.match(r"(heads\.\w+\.\w+\.)?", name)[0] for name in self.missing))
-        for part in filter(None, parts):
+        for part in dict.fromkeys(_part(name) for name in self.missing):
             inside = [name for name in self.missing if name.startswith(part)]
             if inside and not any(name.startswith(part) for name in self.matched):
                 yield f"{part}* (all {len(inside)} tensors)"
@@ -116,6 +115,13 @@ def import_checkpoint(
     )
     _write(report, file, kept, slots, foreign)
     return report
+
+
+def _part(name: str) -> str:
+    """ "heads.main.decoder." or "encoder.": the component that a tensor belongs to."""
+    if head := re.match(r"heads\.\w+\.\w+\.", name):
+        return head[0]
+    return name.partition(".")[0] + "."
 
 
 def _format_for(state: dict[str, Tensor], file: Path, registry: Registry, layout: str | None) -> CheckpointFormat:

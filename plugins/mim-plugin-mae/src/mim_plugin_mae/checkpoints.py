@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mim_framework import CheckpointFormat
 
+FIRST_MLP = "blocks.0.mlp.fc1.weight"
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
 HEADS_OF_WIDTH = {384: 6, 512: 16, 768: 12, 1024: 16, 1280: 16}  # ViT-S, the decoder, ViT-B, -L, -H: no shape tells it
 
@@ -20,13 +21,14 @@ class OfficialCheckpoint(CheckpointFormat):
     name = "mae_official"
 
     def recognises(self, state: dict[str, Tensor]) -> bool:
-        needed = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.bias"}
+        needed = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.bias", FIRST_MLP}
         return needed <= state.keys() and "blocks.0.gamma_1" not in state  # with layer scale it is a BEiT
 
     def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
         patch_size = state["patch_embed.proj.weight"].shape[-1]
         side = isqrt(state["pos_embed"].shape[1] - 1)
-        decoder = transformer_options(state, "decoder_blocks", "mask_token") if "mask_token" in state else {}
+        has_decoder = {"mask_token", "decoder_" + FIRST_MLP} <= state.keys()
+        decoder = transformer_options(state, "decoder_blocks", "mask_token") if has_decoder else {}
         return {
             "views": {"type": "image", "img_size": side * patch_size},
             "masker": {"type": "random"},
