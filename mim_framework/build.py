@@ -254,7 +254,7 @@ def load_run(
         if found is None:
             raise CheckpointError(f"{run_dir} holds no checkpoint yet")
         load_tensors(model.objective, found.tensors("model"), found.path)
-        load_tensors(model.teachers, found.tensors("teachers"), found.path)
+        load_tensors(model.teachers.moving(), found.tensors("teachers"), found.path)
     source = build_source(recipe, registry)
     model.to(device)
     return LoadedRun(recipe, model.views, model.objective, model.teachers, model.specs, source, device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, ClassVar
@@ -76,7 +77,11 @@ class Specs:
 
 
 class Component(nn.Module):
-    """Base of the components that run in a training step."""
+    """Base of the components that run in a training step.
+
+    Buffers are not synchronised between ranks, and checkpoints hold those of rank 0: a component that keeps statistics
+    reduces them itself, through `step.world`.
+    """
 
     kind: ClassVar[str]
     """The slot, set by the base classes below."""
@@ -97,7 +102,10 @@ class Component(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.full_precision:
             return super().__call__(*args, **kwargs)
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        with ExitStack() as off:
+            for device_type in ("cuda", "mps", "cpu"):
+                if torch.is_autocast_enabled(device_type):
+                    off.enter_context(torch.autocast(device_type, enabled=False))
             return super().__call__(*args, **kwargs)
 
     def no_weight_decay(self) -> Iterable[str]:
@@ -116,11 +124,14 @@ class Component(nn.Module):
         """Scalars worth logging, read only when a line is logged; detached."""
         return {}
 
+    def begin_step(self, step: Step) -> None:
+        """Called before the forward pass of every micro-batch of training: the place to read a schedule's value."""
+
     def before_step(self, step: Step) -> None:
-        """Called after backward and before the optimizer."""
+        """Called after the last backward and before the optimizer; `step` is that of the last micro-batch."""
 
     def after_step(self, step: Step) -> None:
-        """Called after a successful optimizer step, never after a skipped one."""
+        """Called after a successful optimizer step, never after a skipped one; `step` is that of the last micro-batch."""
 
 
 class Masker(Component):

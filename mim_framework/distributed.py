@@ -100,15 +100,21 @@ def process_group(wanted_device: str) -> Iterator[tuple[World, torch.device]]:
 Mode = Literal["ddp", "fsdp"]
 
 
-def shard(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Shard a module over all ranks in place (FSDP2): each block is a unit, the rest another."""
+def shard(
+    module: nn.Module, blocks: Iterable[nn.Module], device: torch.device, *, reshard_after_forward: bool | None = None
+) -> None:
+    """Shard a module over all ranks in place (FSDP2): each block is a unit, the rest another.
+
+    Args:
+        reshard_after_forward: True for a module without a backward pass, whose weights would stay gathered otherwise.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
 
 
 def wrap(

@@ -29,6 +29,8 @@ class MaskedPrediction(Objective):
         mask = masked.masks["x"]
         latent = self.encoder(masked.views["x"], mask, self.ask)
         losses = dict(masked.losses)
+        if clash := losses.keys() & self.heads.keys():
+            raise ValueError(f"masker '{self.masker.name}' gives a loss '{min(clash)}', which is the name of a head")
         for name, head in self.heads.items():
             target = head.target(step, masked)
             pred = head.decoder(latent, mask)

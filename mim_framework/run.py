@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ class Run:
     steps_per_epoch: int
     total_steps: int
 
+    @cached_property
+    def bfloat16(self) -> bool:
+        """Whether forward passes run under bfloat16 autocast."""
+        return uses_bfloat16(self.recipe.train.precision, self.device)
+
     @property
     def epochs(self) -> float:
         """Length of the run in epochs."""
@@ -70,7 +76,7 @@ class Run:
             seed=self.recipe.seed,
             world=self.world,
             phase=phase,
-            teachers=self.model.teachers.session(),
+            teachers=self.model.teachers.session(bfloat16=self.bfloat16),
         )
 
 

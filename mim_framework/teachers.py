@@ -8,6 +8,7 @@ successful optimizer step. A teacher never holds its source as a submodule.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mim_framework.components import Encoder
+from mim_framework.components import Component, Encoder, Head
 from mim_framework.config import Choice, Section
 from mim_framework.distributed import local
 from mim_framework.records import Ask, Latent, Mask, Step
@@ -69,8 +70,14 @@ class Teacher(nn.Module):
         """The copy of the model's module `path`, for example `heads.main.decoder`."""
         return self.parts[_key(path)]
 
+    def units(self) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+        """The modules that are called, each with its repeated blocks: the units of sharding."""
+        for part in self.parts.values():
+            yield from _units(part)
+
     def blocks(self) -> list[nn.Module]:
-        return [block for part in self.parts.values() for block in getattr(part, "blocks", list)()]
+        """The repeated blocks of all units."""
+        return [block for _, blocks in self.units() for block in blocks]
 
 
 class Teachers(nn.Module):
@@ -98,14 +105,22 @@ class Teachers(nn.Module):
         """The teachers that are copies, not the frozen ones."""
         return [self[name] for name, section in self.sections.items() if section.copy_of]
 
+    def moving(self) -> nn.ModuleDict:
+        """The copied teachers, which a checkpoint must hold; a frozen one is read from where the recipe says."""
+        return nn.ModuleDict({name: self[name] for name, section in self.sections.items() if section.copy_of})
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks of all teachers."""
+        return [block for teacher in self.teachers.values() for block in teacher.blocks()]
+
     def declare(self, asks: dict[str, Ask]) -> None:
         """What the components want from each teacher, united."""
         for name, ask in asks.items():
             self[name].ask |= ask
 
-    def session(self) -> TeacherSession:
-        """Passes of one micro-batch."""
-        return TeacherSession(self)
+    def session(self, *, bfloat16: bool = False) -> TeacherSession:
+        """Passes of one micro-batch, under bfloat16 autocast or not, whoever asks for them."""
+        return TeacherSession(self, bfloat16)
 
     @torch.no_grad()
     def update(self, step: Step, objective: nn.Module) -> None:
@@ -130,6 +145,7 @@ class TeacherSession:
     """Teacher passes of one micro-batch, each computed when first asked for and then kept."""
 
     teachers: Teachers
+    bfloat16: bool
     _passes: dict[tuple[str, int, int], tuple[Tensor, Mask | None, Latent]] = field(default_factory=dict)
 
     def encode(self, name: str, view: Tensor, mask: Mask | None = None) -> Latent:
@@ -147,19 +163,27 @@ class TeacherSession:
     def _encode(self, teacher: Teacher, view: Tensor, mask: Mask | None) -> Latent:
         encoder = teacher.part("encoder")
         mask = Mask.none(len(view), encoder.spec.grid, view.device) if mask is None else mask  # type: ignore[union-attr]
-        return encoder(view, mask, teacher.ask)
+        with torch.autocast(view.device.type, torch.bfloat16, self.bfloat16):  # also inside a target's precision island
+            return encoder(view, mask, teacher.ask)
 
 
 def _move(copied: nn.Module, source: nn.Module, momentum: float) -> None:
     """copied = momentum * copied + (1 - momentum) * source; buffers are copied. Shards move with their own shard."""
-    for module in (copied, source):
-        if hasattr(module, "reshard"):  # FSDP leaves the weights of its root gathered after a forward pass
-            module.reshard()
     ours = [local(parameter) for parameter in copied.parameters()]
     theirs = [local(parameter).detach() for parameter in source.parameters()]
-    get_ema_multi_avg_fn(momentum)(ours, theirs, 0)
+    if ours:
+        get_ema_multi_avg_fn(momentum)(ours, theirs, 0)
     for ours_buffer, their_buffer in zip(copied.buffers(), source.buffers(), strict=True):
         ours_buffer.copy_(their_buffer)
+
+
+def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """Containers are never called, what they contain is."""
+    if isinstance(module, nn.ModuleDict | nn.ModuleList | Head):
+        for child in module.children():
+            yield from _units(child)
+    elif any(True for _ in module.parameters()):
+        yield module, list(module.blocks()) if isinstance(module, Component) else []
 
 
 def _key(path: str) -> str:

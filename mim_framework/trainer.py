@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from mim_framework import checkpoint, rng, state
 from mim_framework.build import build_model, build_source, preflight
+from mim_framework.components import Component
 from mim_framework.data.loader import Batch, Loader
 from mim_framework.distributed import World, gradient_sync, process_group, shard, whole_weights, wrap
 from mim_framework.errors import DataError, TrainingError
@@ -29,7 +31,7 @@ from mim_framework.optim import Optimizer, assign
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 from mim_framework.report import Progress
-from mim_framework.run import Run, batch_layout, prepare_directory, run_length, uses_bfloat16
+from mim_framework.run import Run, batch_layout, prepare_directory, run_length
 
 
 def train(recipe: Recipe, registry: Registry, *, fresh: bool = False) -> Path:
@@ -63,11 +65,12 @@ class Trainer:
         preflight(model, device)
         self.run = Run(directory, recipe, world, device, model, source, layout, *run_length(recipe, len(source)))
         self.objective, self.teachers = model.objective, model.teachers
+        self.components = list(self.objective.components())
         self.evaluation_sources = source.evaluation_sources()
         self.phases = recipe.named_phases()
         self.model = self._distribute()
         self.optimizers = self._make_optimizers()
-        self.autocast = torch.autocast(device.type, torch.bfloat16, uses_bfloat16(recipe.train.precision, device))
+        self.autocast = torch.autocast(device.type, torch.bfloat16, self.run.bfloat16)
         self.stop_signal, self.stop_agreed = 0, False
         self.window: dict[str, float] = {}  # sums of what was measured since the last line of the log
         self.nonfinite_in_a_row = 0
@@ -75,23 +78,27 @@ class Trainer:
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def train_step(self, index: int, micro_batches: list[Batch]) -> dict[str, float]:
+    def train_step(self, index: int, micro_batches: Iterable[Batch]) -> dict[str, float]:
         """One optimizer step per phase. Returns the means over micro-batches and ranks of what was measured."""
         torch.manual_seed(self._step_seed(index))  # dropout and the like, so that they resume exactly
+        accum_steps = self.run.layout.accum_steps
         measured: dict[str, float] = {}
         for phase in self.phases:
             optimizers = [self.optimizers[name] for name in phase.optimizers]
-            history = []
-            for micro, batch in enumerate(micro_batches):
+            history, positions = [], []
+            for micro, batch in enumerate(micro_batches, start=1):
                 step = self.run.step(index, batch, phase.name)
                 views = self.run.model.views.prepare(step, batch.views)
-                with gradient_sync(self.model, enabled=micro == len(micro_batches) - 1):
+                for component in self.components:
+                    component.begin_step(step)
+                with gradient_sync(self.model, enabled=micro == accum_steps):
                     with self.autocast:
                         losses = self.model(step, views)
                     loss = sum(losses.values())
-                    (phase.sign * loss / len(micro_batches)).backward()
+                    (phase.sign * loss / accum_steps).backward()
                 history.append({"loss": loss.detach(), **{f"loss/{name}": part.detach() for name, part in losses.items()}})
-            for component in self.objective.components():
+                positions.append(batch.positions)
+            for component in self.components:
                 component.before_step(step)
             for optimizer in optimizers:
                 optimizer.schedule(step)
@@ -100,12 +107,12 @@ class Trainer:
             if all(math.isfinite(value) for value in summary.values()):
                 for optimizer in optimizers:
                     optimizer.step()
-                for component in self.objective.components():
+                for component in self.components:
                     component.after_step(step)
                 if phase is self.phases[-1]:
                     self.teachers.update(step, self.objective)  # once per step, however many phases it has
             else:
-                self._record_nonfinite(index, phase.name, micro_batches, history)
+                self._record_nonfinite(index, phase.name, positions, history)
             self.objective.zero_grad(set_to_none=True)
             measured |= summary if len(self.phases) == 1 else {f"{phase.name}/{key}": v for key, v in summary.items()}
         return measured
@@ -117,7 +124,9 @@ class Trainer:
         try:
             with self._stop_on_signal(), self._observed(), closing(iter(self.loader)) as batches:
                 for index in range(self.start, run.total_steps):
-                    micro_batches = [next(batches) for _ in range(run.layout.accum_steps)]
+                    micro_batches: Iterable[Batch] = islice(batches, run.layout.accum_steps)  # read while the device works
+                    if len(self.phases) > 1:
+                        micro_batches = list(micro_batches)
                     self._after_step(index + 1, self.train_step(index, micro_batches))
         except BaseException as raised:
             error = raised
@@ -135,11 +144,13 @@ class Trainer:
         self.stop_agreed = self.stop_agreed or stop > 0
         return dict(zip(values, means, strict=True))
 
-    def _record_nonfinite(self, index: int, phase: str, micro_batches: list[Batch], history: list[dict[str, Tensor]]) -> None:
+    def _record_nonfinite(
+        self, index: int, phase: str, positions_read: list[Tensor], history: list[dict[str, Tensor]]
+    ) -> None:
         """A line of nonfinite.jsonl: the sample positions of the micro-batches, on any rank, whose loss was not finite."""
         world = self.run.world
         losses = world.gather(torch.stack([entry["loss"].float() for entry in history]))
-        positions = world.gather(torch.stack([batch.positions for batch in micro_batches]))
+        positions = world.gather(torch.stack(positions_read))
         bad = ~losses.isfinite()
         cause = "loss" if bool(bad.any()) else "gradient"
         if world.is_main:
@@ -164,15 +175,15 @@ class Trainer:
         self.progress.update(done, measured, lr=self._rates(), throughput=self.throughput)
         if done % recipe.log.every_steps == 0 or last:
             self._log(done)
-        if recipe.evaluate.knn and (last or run.due(done, recipe.evaluate.knn.every_epochs)):
-            self._evaluate(done)
-        if last or run.due(done, recipe.log.images_every_epochs):
-            self._draw(done)
         if last or self.stop_agreed or self._checkpoint_due(done):
             self._save(done)
         if self.stop_agreed and not last:
             self.progress.note(f"stopped by signal after step {done}; the same command goes on from here")
             raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
+        if recipe.evaluate.knn and (last or run.due(done, recipe.evaluate.knn.every_epochs)):
+            self._evaluate(done)
+        if last or run.due(done, recipe.log.images_every_epochs):
+            self._draw(done)
 
     def _count(self, done: int, measured: dict[str, float]) -> None:
         if all(math.isfinite(value) for value in measured.values()):
@@ -181,6 +192,7 @@ class Trainer:
                 self.window[name] = self.window.get(name, 0.0) + value
             return
         self.nonfinite_in_a_row += 1
+        self.window["skipped_steps"] = self.window.get("skipped_steps", 0.0) + 1.0
         if self.nonfinite_in_a_row > self.run.recipe.train.max_nonfinite_steps:
             raise TrainingError(
                 f"the loss or its gradient was not finite in {self.nonfinite_in_a_row} steps in a row, up to step {done}; "
@@ -190,11 +202,14 @@ class Trainer:
 
     def _log(self, done: int) -> None:
         run = self.run
-        steps = self.window.pop("steps", 0.0)
+        steps, skipped = self.window.pop("steps", 0.0), self.window.pop("skipped_steps", 0.0)
         line = {"epoch": run.epoch(done), **{name: total / steps for name, total in self.window.items()}, **self._rates()}
         self.window = {}
-        for component in self.objective.components():
-            line |= {f"{component.name}/{name}": float(value) for name, value in component.metrics().items()}
+        if skipped:
+            line["skipped_steps"] = skipped
+        for path, module in self.objective.named_modules():
+            if isinstance(module, Component):  # by place, as two heads may hold components of one name
+                line |= {f"{path or module.name}/{name}": value.item() for name, value in module.metrics().items()}
         line |= {f"broken/{cause}": float(count) for cause, count in self.loader.broken_counts.items()}
         line |= self.throughput.take()
         if run.world.is_main:
@@ -206,11 +221,15 @@ class Trainer:
         run, section = self.run, self.run.recipe.evaluate.knn
         if self.evaluation_sources is None or section is None or not hasattr(self.objective, "encoder"):
             return
-        with self.autocast, whole_weights(self.objective):
-            top1 = online_knn(
-                self.objective.encoder, run.model.views, self.evaluation_sources, section, run.device,
-                workers=run.recipe.data.num_workers,
-            )  # fmt: skip
+        try:
+            with self.autocast, whole_weights(self.objective):
+                top1 = online_knn(
+                    self.objective.encoder, run.model.views, self.evaluation_sources, section, run.device,
+                    workers=run.recipe.data.num_workers,
+                )  # fmt: skip
+        except DataError as error:  # the images of the evaluation are not worth a run
+            self.progress.note(f"step {done}: no kNN: {error}")
+            return
         if run.world.is_main:
             self.metrics.write(done, {"knn_top1": top1})
             self.progress.note(f"step {done}: kNN top-1 {100 * top1:.1f} %")
@@ -223,7 +242,7 @@ class Trainer:
 
     def _save(self, done: int) -> None:
         run, recipe = self.run, self.run.recipe
-        groups = state.gather(self.objective, self.teachers, self.optimizers, run.world)
+        groups = state.gather(self.objective, self.teachers.moving(), self.optimizers, run.world)
         if run.world.is_main:
             numbers = {
                 "window": self.window,
@@ -249,14 +268,14 @@ class Trainer:
     def _distribute(self) -> torch.nn.Module:
         """Compile the blocks, shard or replicate the objective, and shard copied teachers like their source."""
         run, section = self.run, self.run.recipe.train
-        blocks = [block for component in self.objective.components() for block in component.blocks()]
+        blocks = [block for component in self.components for block in component.blocks()]
         if section.compile:
-            for block in blocks:
+            for block in [*blocks, *self.teachers.blocks()]:
                 block.compile()
         if section.distributed == "fsdp" and run.world.size > 1:
             for teacher in self.teachers.copies():
-                for part in teacher.parts.values():
-                    shard(part, getattr(part, "blocks", list)(), run.device)  # a plain module has no blocks
+                for unit, unit_blocks in teacher.units():
+                    shard(unit, unit_blocks, run.device, reshard_after_forward=True)
         return wrap(self.objective, blocks, section.distributed, run.world, run.device, phases=len(self.phases))
 
     def _make_optimizers(self) -> dict[str, Optimizer]:
@@ -277,7 +296,7 @@ class Trainer:
         found = checkpoint.find_latest(run.dir / "checkpoints")
         if found is None:
             return 0
-        state.restore(found, self.objective, self.teachers, self.optimizers)
+        state.restore(found, self.objective, self.teachers.moving(), self.optimizers)
         state.restore_scalars(self.optimizers, found.state["optimizer_scalars"])
         self.window = found.state["window"]
         self.nonfinite_in_a_row = found.state["nonfinite_in_a_row"]

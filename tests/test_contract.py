@@ -348,7 +348,7 @@ class FusionDecoder(Decoder):
 
 def test_a_decoder_fuses_the_layers_it_asks_for_and_logs_their_weights(tmp_path):
     run_dir = run(tmp_path, encoder=VIT, decoder={"type": "fusion", "layers": [0, 1]})
-    weights = [[line[f"fusion/weight_{i}"] for i in range(3)] for line in lines_of(run_dir)]
+    weights = [[line[f"heads.main.decoder/weight_{i}"] for i in range(3)] for line in lines_of(run_dir)]
     final = checkpoint.find_latest(run_dir / "checkpoints").tensors("model")["heads.main.decoder.fusion"].softmax(0)
     assert weights[-1] == pytest.approx(final.tolist())
     assert sum(weights[-1]) == pytest.approx(1)

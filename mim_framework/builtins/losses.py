@@ -77,6 +77,7 @@ class CrossEntropyLoss(PositionLoss):
     config: Config
 
     def per_position(self, values: Tensor, wanted: Tensor) -> Tensor:
-        logits = values.movedim(-1, 1)
-        wanted = wanted.movedim(-1, 1) if wanted.is_floating_point() else wanted
-        return cross_entropy(logits, wanted, reduction="none", label_smoothing=self.config.label_smoothing)
+        flat = cross_entropy(  # one long batch is twice as fast as classes along dimension 1
+            values.flatten(0, 1), wanted.flatten(0, 1), reduction="none", label_smoothing=self.config.label_smoothing
+        )
+        return flat.reshape(values.shape[:2])
