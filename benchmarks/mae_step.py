@@ -146,7 +146,7 @@ def main() -> None:
     sides = {"ours": ours(MODELS[args.model], args.device)}
     if args.compile:
         for component in sides["ours"][0].components():
-            for block in component.blocks():
+            for block in component.repeated_blocks():
                 block.compile()
     if args.against:
         sides["official"] = official(args.against, MODELS[args.model], args.device)

@@ -69,7 +69,7 @@ def run_bench(recipe: Recipe, registry: Registry, *, data: Data = "synthetic", s
     optimizers = [Optimizer(name, section, chosen[name], [], layout.total_batch_size) for name, section in sections.items()]
     if recipe.train.compile:
         for component in model.objective.components():
-            for block in component.blocks():
+            for block in component.repeated_blocks():
                 block.compile()
     phase = recipe.phase_names()[0]
     if device.type == "cuda":

@@ -112,7 +112,7 @@ class Component(nn.Module):
         """Names of own parameters, besides biases and other 1-D ones, that are exempt from weight decay."""
         return ()
 
-    def blocks(self) -> Sequence[nn.Module]:
+    def repeated_blocks(self) -> Sequence[nn.Module]:
         """Repeated blocks, in order: the units of `torch.compile` and of FSDP sharding."""
         return ()
 

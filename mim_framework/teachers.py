@@ -75,7 +75,7 @@ class Teacher(nn.Module):
         for part in self.parts.values():
             yield from _units(part)
 
-    def blocks(self) -> list[nn.Module]:
+    def repeated_blocks(self) -> list[nn.Module]:
         """The repeated blocks of all units."""
         return [block for _, blocks in self.units() for block in blocks]
 
@@ -109,9 +109,9 @@ class Teachers(nn.Module):
         """The copied teachers, which a checkpoint must hold; a frozen one is read from where the recipe says."""
         return nn.ModuleDict({name: self[name] for name, section in self.sections.items() if section.copy_of})
 
-    def blocks(self) -> list[nn.Module]:
+    def repeated_blocks(self) -> list[nn.Module]:
         """The repeated blocks of all teachers."""
-        return [block for teacher in self.teachers.values() for block in teacher.blocks()]
+        return [block for teacher in self.teachers.values() for block in teacher.repeated_blocks()]
 
     def declare(self, asks: dict[str, Ask]) -> None:
         """What the components want from each teacher, united."""
@@ -183,7 +183,7 @@ def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
         for child in module.children():
             yield from _units(child)
     elif any(True for _ in module.parameters()):
-        yield module, list(module.blocks()) if isinstance(module, Component) else []
+        yield module, list(module.repeated_blocks()) if isinstance(module, Component) else []
 
 
 def _key(path: str) -> str:

@@ -268,9 +268,9 @@ class Trainer:
     def _distribute(self) -> torch.nn.Module:
         """Compile the blocks, shard or replicate the objective, and shard copied teachers like their source."""
         run, section = self.run, self.run.recipe.train
-        blocks = [block for component in self.components for block in component.blocks()]
+        blocks = [block for component in self.components for block in component.repeated_blocks()]
         if section.compile:
-            for block in [*blocks, *self.teachers.blocks()]:
+            for block in [*blocks, *self.teachers.repeated_blocks()]:
                 block.compile()
         if section.distributed == "fsdp" and run.world.size > 1:
             for teacher in self.teachers.copies():

@@ -157,7 +157,7 @@ def test_outputs(case: Case):
     head = objective.heads["main"]
     depth = objective.encoder.spec.depth
     seen: dict[str, Tensor] = {}
-    for i, block in enumerate(head.decoder.blocks()):
+    for i, block in enumerate(head.decoder.repeated_blocks()):
         block.register_forward_hook(lambda module, args, out, i=i: seen.update({f"decoder_blocks.{i}": out}))
     head.decoder.decoder_embed.register_forward_hook(lambda module, args, out: seen.update(decoder_embed=out))
 

@@ -100,7 +100,7 @@ def test_asked_layers_attention_and_projections_belong_together(images: Tensor, 
     assert latent.qkv[1].shape == (3, 2, 4, 5, 8)
     q, k, v = latent.qkv[1]
     assert torch.allclose(latent.attn[1], (q @ k.mT / math.sqrt(8)).softmax(-1), atol=1e-6)
-    block = encoder.blocks()[1]
+    block = encoder.repeated_blocks()[1]
     attended = (latent.attn[1] @ v).transpose(1, 2).flatten(2)
     x = latent.layers[0] + block.attn.proj(attended)
     x = x + block.mlp(block.norm2(x))
@@ -118,7 +118,7 @@ def test_the_spec_says_what_the_encoder_can_do():
 
 def test_initial_weights_are_the_official_ones():
     encoder = make_encoder(embed_dim=64, num_heads=4)
-    qkv = encoder.blocks()[0].attn.qkv
+    qkv = encoder.repeated_blocks()[0].attn.qkv
     bound = math.sqrt(6 / (64 + 3 * 64))  # Xavier on the fused matrix
     assert 0.98 * bound < qkv.weight.abs().max() <= bound
     assert qkv.bias.abs().max() == 0
@@ -158,7 +158,7 @@ def test_parameter_counts_are_the_published_ones(model: dict, in_total: int, in_
 
 def test_stochastic_depth_grows_linearly():
     encoder = make_encoder(depth=3, drop_path_rate=0.2)
-    assert [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.blocks()] == pytest.approx([0.0, 0.1, 0.2])
+    assert [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.repeated_blocks()] == pytest.approx([0.0, 0.1, 0.2])
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_mask_whose_rows_differ_is_refused(images: Tensor):
 def test_the_last_block_gives_the_wanted_tokens_of_the_whole_block_and_their_gradients():
     torch.manual_seed(0)
     decoder = make_decoder(make_encoder().spec, embed_dim=32, num_heads=4)
-    last = decoder.blocks()[-1]
+    last = decoder.repeated_blocks()[-1]
     assert isinstance(last, LastBlock)
     x, ids = torch.randn(2, 17, 32, requires_grad=True), torch.tensor([[3, 16, 1], [5, 2, 9]])
     weights = torch.randn(2, 3, 32)
@@ -199,7 +199,7 @@ def test_the_last_block_gives_the_wanted_tokens_of_the_whole_block_and_their_gra
 @torch.no_grad()
 def test_our_blocks_are_timms():
     torch.manual_seed(0)
-    ours = make_encoder().blocks()[0]
+    ours = make_encoder().repeated_blocks()[0]
     assert isinstance(ours, EncoderBlock)
     timms = Block(32, 4, qkv_bias=True, norm_layer=lambda dim, **options: nn.LayerNorm(dim, eps=1e-6, **options))
     timms.load_state_dict(ours.state_dict())

@@ -123,7 +123,7 @@ class MAEEncoder(Encoder):
         self.cls_token = nn.Parameter(torch.empty(1, 1, options.embed_dim))
         self.register_buffer("pos_embed", position_table(options.embed_dim, grid, num_prefix_tokens=1))
         rates = [options.drop_path_rate * i / max(1, options.depth - 1) for i in range(options.depth)]
-        self.layers = nn.ModuleList(  # `blocks` in the official code; here that is a method of every component
+        self.blocks = nn.ModuleList(
             EncoderBlock(options.embed_dim, options.num_heads, options.mlp_ratio, drop_path=rate, **BLOCK_OPTIONS)
             for rate in rates
         )
@@ -147,18 +147,18 @@ class MAEEncoder(Encoder):
             layers=dict.fromkeys(layers, (options.embed_dim, grid)),
         )
 
-    def blocks(self) -> nn.ModuleList:
-        return self.layers
+    def repeated_blocks(self) -> nn.ModuleList:
+        return self.blocks
 
     def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent:
         """view (B, C, H, W) -> tokens (B, K, D) in the order of `mask.ids_keep`."""
         mask = mask.at(self.spec.grid)
-        ids = mask.ids_keep if mask.num_hidden else None
+        ids = None if mask.num_hidden == 0 else mask.ids_keep
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(view), -1, -1)
         x = torch.cat([cls_token, self.embed(view, ids)], dim=1)
 
         layers, attn, qkvs = {}, {}, {}
-        for i, block in enumerate(self.layers):
+        for i, block in enumerate(self.blocks):
             x, qkv = block(x, i in ask.qkv or i in ask.attn)
             if i in ask.layers:
                 layers[i] = x
@@ -226,7 +226,7 @@ class MAEDecoder(Decoder):
             nn.init.normal_(self.mask_token, std=0.02)
         self.spec = PredSpec("probs" if target.kind in ("ids", "probs") else "dense", target.dim, encoder.grid)
 
-    def blocks(self) -> nn.ModuleList:
+    def repeated_blocks(self) -> nn.ModuleList:
         return self.decoder_blocks
 
     def forward(self, latent: Latent, mask: Mask) -> Pred:

@@ -45,8 +45,7 @@ class OfficialCheckpoint(CheckpointFormat):
     def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         decoder = ("mask_token", "decoder_")
         return {
-            DECODER + name if name.startswith(decoder) else ENCODER + re.sub("^blocks", "layers", name): tensor
-            for name, tensor in state.items()
+            (DECODER if name.startswith(decoder) else ENCODER) + name: tensor for name, tensor in state.items()
         }
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -121,5 +120,4 @@ def transformer_options(state: dict[str, Tensor], blocks: str, token: str) -> di
 
 def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The encoder of an objective's state under its official names."""
-    inside = {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
-    return {re.sub("^layers", "blocks", name): tensor for name, tensor in inside.items()}
+    return {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
