@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,11 +11,11 @@ from typing import Literal
 
 import torch
 
-from mim_framework.build import build_model, build_source, make_step
+from mim_framework.build import build_model, build_optimizers, build_source, make_step, preflight
 from mim_framework.cost import matmul_peak, measure_cost, synchronize
 from mim_framework.data.loader import Batch, Loader
 from mim_framework.distributed import choose_device
-from mim_framework.optim import Optimizer, assign
+from mim_framework.metrics import peak_memory
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 from mim_framework.run import batch_layout, uses_bfloat16
@@ -46,62 +44,87 @@ class Stopwatch:
 def run_bench(recipe: Recipe, registry: Registry, *, data: Data = "synthetic", steps: int = 10, warmup: int = 3) -> str:
     """Time training steps on one rank with the recipe's micro-batch, and return the table as text.
 
+    A step is made of the parts of `Trainer.train_step`, in its order: `prepare` of the views, the objective under
+    autocast, backward, then every optimizer's `schedule`, `clip` and `step`, once per phase. Left out are accumulation,
+    the reduction over ranks, logging and the movement of teachers.
+
     Args:
         data: `synthetic` repeats one made-up batch, `real` reads the recipe's source, `loader-only` only reads.
         steps: steps timed after `warmup` others; the table gives medians.
+
+    Raises:
+        MimError: for everything in the recipe that would stop a run.
     """
     device = choose_device(recipe.train.device)
     layout = batch_layout(recipe, 0, 1)
     watch = Stopwatch(device)
     model = build_model(recipe, registry, with_weights=False).to(device)
-    batches = _synthetic(model.views.example(layout.batch_size), device) if data == "synthetic" else _read(
-        recipe, registry, model.views, layout, device, warmup + steps
-    )  # fmt: skip
+    if data == "synthetic":
+        batches = _synthetic(model.views.example(layout.batch_size), device)
+    else:
+        batches = _read(recipe, registry, model.views, layout, device, warmup + steps)
     if data == "loader-only":
         for _ in range(warmup + steps):
             with watch.stage("data"):
                 next(batches)
-        return f"loader only  {layout.batch_size / watch.median('data', warmup):,.1f} images/s, micro-batch {layout.batch_size}"
+        rate = layout.batch_size / watch.median("data", warmup)
+        return f"loader only  {rate:,.1f} images/s, micro-batch {layout.batch_size}"
 
-    precision = torch.bfloat16 if uses_bfloat16(recipe.train.precision, device) else torch.float32
-    sections = recipe.named_optimizers()
-    chosen = assign(sections, list(model.objective.named_parameters()))
-    optimizers = [Optimizer(name, section, chosen[name], [], layout.total_batch_size) for name, section in sections.items()]
+    preflight(model, device)
+    bfloat16 = uses_bfloat16(recipe.train.precision, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, bfloat16)
+    optimizers = build_optimizers(recipe, model.objective, layout.total_batch_size)
+    components = list(model.objective.components())
     if recipe.train.compile:
-        for component in model.objective.components():
-            for block in component.repeated_blocks():
-                block.compile()
-    phase = recipe.phase_names()[0]
+        for block in [block for component in components for block in component.repeated_blocks()]:
+            block.compile()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(warmup + steps):
+    for index in range(warmup + steps):
         with watch.stage("data"):
             batch = next(batches)
-        with watch.stage("forward"), torch.autocast(device.type, torch.bfloat16, precision == torch.bfloat16):
-            step = make_step(recipe, batch.positions, phase=phase, teachers=model.teachers.session())
-            losses = model.objective(step, model.views.prepare(step, batch.views))
-        with watch.stage("backward"):
-            sum(losses.values()).backward()
-        with watch.stage("optimizer"):
-            for optimizer in optimizers:
-                optimizer.schedule(step)
-                optimizer.clip()
-                optimizer.step()
-            model.objective.zero_grad(set_to_none=True)
+        for phase in recipe.named_phases():
+            with watch.stage("forward"):
+                session = model.teachers.session(bfloat16=bfloat16)
+                step = make_step(recipe, batch.positions, index=index, phase=phase.name, teachers=session)
+                views = model.views.prepare(step, batch.views)
+                for component in components:
+                    component.begin_step(step)
+                with autocast:
+                    losses = model.objective(step, views)
+                loss = sum(losses.values())
+            with watch.stage("backward"):
+                (phase.sign * loss).backward()
+            with watch.stage("optimizer"):
+                for component in components:
+                    component.before_step(step)
+                for optimizer in [optimizers[name] for name in phase.optimizers]:
+                    optimizer.schedule(step)
+                    optimizer.clip()
+                    optimizer.step()
+                for component in components:
+                    component.after_step(step)
+                model.objective.zero_grad(set_to_none=True)
 
+    memory = peak_memory(device)
+    precision = torch.bfloat16 if bfloat16 else torch.float32
     cost, peak = measure_cost(recipe, registry), matmul_peak(device, precision)
-    medians = {name: watch.median(name, warmup) for name in ("data", "forward", "backward", "optimizer")}
+    num_phases = len(recipe.named_phases())
+    medians = {"data": watch.median("data", warmup)}
+    for name in ("forward", "backward", "optimizer"):
+        medians[name] = num_phases * watch.median(name, warmup * num_phases)
     total = sum(medians.values())
     rate = layout.batch_size / total
+    flops = num_phases * cost.train_flops
     split = ", ".join(f"{name} {1000 * seconds:.1f} ms ({seconds / total:.0%})" for name, seconds in medians.items())
     name = str(precision).removeprefix("torch.")
     return "\n".join(
         [
             f"{recipe.name}: {rate:,.1f} images/s, micro-batch {layout.batch_size}, {device.type}, {name}, data {data}",
             f"one step    {1000 * total:.1f} ms: {split}",
-            f"FLOPs       {cost.train_flops / 1e9:.2f} G an image, {rate * cost.train_flops / 1e12:.3f} T a second",
-            f"matmul peak {peak / 1e12:.3f} T a second measured, of which {rate * cost.train_flops / peak:.0%} used",
-            f"peak memory {_peak_memory(device) / 2**30:.2f} GiB",
+            f"FLOPs       {flops / 1e9:.2f} G an image, {rate * flops / 1e12:.3f} T a second",
+            f"matmul peak {peak / 1e12:.3f} T a second measured, of which {rate * flops / peak:.0%} used",
+            f"peak memory {'not known here' if memory is None else f'{memory / 2**30:.2f} GiB'}",
         ]
     )
 
@@ -119,10 +142,3 @@ def _read(recipe, registry, views, layout, device, count: int) -> Iterator[Batch
         total_steps=count, device=device,
     )  # fmt: skip
     yield from loader
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the device where that is counted, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -6,6 +6,7 @@ fit is an error that names both sides, before any data is read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,12 +33,15 @@ from mim_framework.components import (
 )
 from mim_framework.config import Choice
 from mim_framework.distributed import World, choose_device
-from mim_framework.errors import CheckpointError, RecipeError
+from mim_framework.errors import CheckpointError, MimError, RecipeError, did_you_mean
+from mim_framework.evaluate.knn import check_pool
+from mim_framework.optim import Optimizer, assign
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, load_recipe
 from mim_framework.records import Step
 from mim_framework.teachers import Teachers
 
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,6 +89,31 @@ def build_source(recipe: Recipe, registry: Registry) -> Source:
     return cls(config)
 
 
+def build_optimizers(recipe: Recipe, objective: Objective, total_batch_size: int) -> dict[str, Optimizer]:
+    """The recipe's optimizers by name, over the parameters of a built (and wrapped or sharded) objective.
+
+    Raises:
+        RecipeError: naming the optimizer that cannot be made, or a parameter that has none or several.
+    """
+    sections = recipe.named_optimizers()
+    where = "optim" if recipe.optimizers is None else "optimizers"
+    exempt = {
+        f"{path}.{name}" if path else name
+        for path, module in objective.named_modules()
+        if hasattr(module, "no_weight_decay")  # timm's modules have it too
+        for name in module.no_weight_decay()
+    }
+    optimizers = {}
+    try:
+        parameters = assign(sections, list(objective.named_parameters()))
+        for name, section in sections.items():
+            where = "optim" if recipe.optimizers is None else f"optimizers.{name}"
+            optimizers[name] = Optimizer(name, section, parameters[name], exempt, total_batch_size)
+    except ValueError as error:
+        raise RecipeError(f"{recipe.location(where)}: {error}") from error
+    return optimizers
+
+
 class _Builder:
     def __init__(self, recipe: Recipe, registry: Registry) -> None:
         self.recipe, self.registry = recipe, registry
@@ -110,6 +139,9 @@ class _Builder:
         masker: Masker = self.make("masker", "masker", recipe.masker, self.specs)
         self.publish(masker=masker.spec)
         self.check_masker(masker, encoder)
+        if recipe.evaluate.knn is not None:
+            with self.slot("evaluate.knn.pool"):
+                check_pool(encoder.spec, recipe.evaluate.knn)
         copies = {name: encoder.spec for name, section in recipe.teachers.items() if "encoder" in section.copy_of}
         self.publish(teachers={**self.specs.teachers, **copies})
 
@@ -119,8 +151,9 @@ class _Builder:
 
         if with_weights and recipe.init is not None:
             load_into(objective, Path(recipe.init))
-        with self.slot("teachers", "teachers"):
-            teachers.add_copies(objective)
+        self.check_copies(objective)
+        teachers.add_copies(objective)
+        with self.slot("teachers"):
             for component in objective.components():
                 self.check_teacher_asks(component)
                 teachers.declare(component.teacher_asks())
@@ -162,10 +195,24 @@ class _Builder:
             raise self.misfit("masker", f"{sides}: rows that hide different numbers, the encoder needs equal ones")
         if mask.num_hidden and mask.equal and "equal" not in accepts:
             raise self.misfit("masker", f"{sides}: the encoder needs rows that hide different numbers")
-        ratios = [(a, b) for a, b in zip(mask.grid.shape, encoder.spec.grid.shape, strict=False)]
+        grids = f"mask grid {mask.grid}, token grid {encoder.spec.grid}"
+        ratios = list(zip(mask.grid.shape, encoder.spec.grid.shape, strict=False))
         divisible = all(b % a == 0 for a, b in ratios) or all(a % b == 0 for a, b in ratios)
         if len(mask.grid.shape) != len(encoder.spec.grid.shape) or not divisible:
-            raise self.misfit("masker", f"{sides}: mask grid {mask.grid}, token grid {encoder.spec.grid}")
+            raise self.misfit("masker", f"{sides}: {grids}")
+        if mask.num_hidden and any(a > b for a, b in ratios):
+            stride = encoder.spec.stride
+            raise self.misfit("masker", f"{sides}: {grids}; a token of {stride} pixels cannot be hidden in part")
+
+    def check_copies(self, objective: Objective) -> None:
+        parts = {path: module for path, module in objective.named_modules() if path}
+        for name, section in self.recipe.teachers.items():
+            for path in section.copy_of:
+                if path not in parts and section.of_teacher is None:
+                    known = [each for each, module in parts.items() if isinstance(module, Component) or "." not in each]
+                    text = f"objective '{objective.name}' has no part '{path}'{did_you_mean(path, known)}"
+                    text = f"{text}; it has {', '.join(known)} and what is inside them"
+                    raise self.misfit(f"teachers.{name}.copy", text)
 
     def check_teacher_asks(self, component: Component) -> None:
         for name, ask in component.teacher_asks().items():
@@ -185,14 +232,15 @@ class _Builder:
         return RecipeError(f"{self.recipe.location(where)}: {text}")
 
     @contextmanager
-    def slot(self, where: str, name: str) -> Iterator[None]:
-        """A ValueError of a constructor is the recipe's fault: say where."""
+    def slot(self, where: str, name: str = "") -> Iterator[None]:
+        """What a constructor raises is told with its place: a ValueError in its own words, others with their type."""
         try:
             yield
-        except (ValueError, AttributeError) as error:
-            if isinstance(error, AttributeError) and where != "teachers":
-                raise
-            raise RecipeError(f"{self.recipe.location(where)}: {name}: {error}") from error
+        except MimError:
+            raise
+        except Exception as error:
+            text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise self.misfit(where, f"{name}: {text}" if name else text) from error
 
 
 def load_into(module: nn.Module, path: Path, prefix: str = "") -> list[str]:
@@ -232,7 +280,7 @@ def load_tensors(module: nn.Module, weights: dict[str, Tensor], path: Path) -> l
 def load_run(
     run_dir: Path, *, checkpoint: Path | None = None, trained: bool = True, registry: Registry | None = None
 ) -> LoadedRun:
-    """The model of a run directory, on the recipe's device, with the weights of a checkpoint.
+    """The model of a run directory with the weights of a checkpoint, on the recipe's device if this machine has it.
 
     Args:
         checkpoint: by default the newest whole one of the run.
@@ -247,7 +295,11 @@ def load_run(
     if not file.is_file():
         raise RecipeError(f"{run_dir} is no run directory: it has no recipe.yaml")
     recipe = load_recipe(file, [], registry)
-    device = choose_device(recipe.train.device)
+    try:
+        device = choose_device(recipe.train.device)
+    except MimError:  # trained elsewhere
+        device = choose_device("auto")
+        logger.warning(f"{run_dir} was trained on {recipe.train.device}, which is not here; using {device.type}")
     model = build_model(recipe, registry, with_weights=not trained)
     if trained:
         found = load(checkpoint) if checkpoint else find_latest(run_dir / "checkpoints")
@@ -273,6 +325,18 @@ def make_step(recipe: Recipe, positions: torch.Tensor, **changes: Any) -> Step:
     return Step(**{**values, **changes})
 
 
+@contextmanager
+def failures_as_recipe_errors(recipe: Recipe) -> Iterator[None]:
+    """Whatever a component raises on a made-up batch, as a RecipeError with that error for its cause."""
+    try:
+        yield
+    except MimError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise RecipeError(f"{recipe.location('')}: the model fails on a made-up batch: {what}") from error
+
+
 def preflight(model: Model, device: torch.device) -> dict[str, float]:
     """One made-up batch of two images through forward and backward; returns its losses.
 
@@ -291,7 +355,7 @@ def preflight(model: Model, device: torch.device) -> dict[str, float]:
         torch.manual_seed(recipe.seed)
         for phase in recipe.phase_names():
             step = make_step(recipe, positions, phase=phase, teachers=model.teachers.session())
-            try:
+            with failures_as_recipe_errors(recipe):
                 views = model.views.prepare(step, batch)
                 masker = getattr(objective, "masker", None)
                 if isinstance(masker, Masker):  # an objective of its own may call anything so
@@ -299,8 +363,6 @@ def preflight(model: Model, device: torch.device) -> dict[str, float]:
                         mask.validate()
                 losses = objective(step, views)
                 sum(losses.values(), start=torch.zeros((), device=device)).backward()
-            except (ValueError, RuntimeError) as error:
-                raise RecipeError(f"{recipe.location('')}: the model fails on a made-up batch: {error}") from error
             got_gradient |= {name for name, p in objective.named_parameters() if p.grad is not None}
             objective.zero_grad(set_to_none=True)
     with torch.no_grad():
@@ -313,5 +375,3 @@ def preflight(model: Model, device: torch.device) -> dict[str, float]:
             "training; create them only if the recipe uses them, or set requires_grad=False"
         )
     return {name: loss.item() for name, loss in losses.items()}
-
-

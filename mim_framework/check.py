@@ -29,7 +29,8 @@ def report(recipe: Recipe, registry: Registry, *, world_size: int = 1) -> str:
         "tokens per image": f"{cost.tokens} of {cost.positions} reach the encoder",
         "FLOPs per image": f"forward {_giga(cost.forward_flops)}, training step {_giga(cost.train_flops)}",
         "weights and optimizer": f"{cost.state_bytes / 2**30:.2f} GiB in float32, activations not counted",
-        "batch": f"{layout.total_batch_size} images a step = {layout.batch_size} x {world_size} ranks x {layout.accum_steps} accumulation steps",
+        "batch": f"{layout.total_batch_size} images a step = {layout.batch_size} x {world_size} ranks x "
+        f"{layout.accum_steps} accumulation steps",
         "data": f"{len(source):,} images ({recipe.data.source.type})",
         "length": f"{total_steps:,} steps, {steps_per_epoch:,} an epoch",
         "device": f"{device.type}, {precision}",
@@ -38,6 +39,8 @@ def report(recipe: Recipe, registry: Registry, *, world_size: int = 1) -> str:
     for name, section in recipe.named_optimizers().items():
         label = "optimizer" if len(recipe.named_optimizers()) == 1 else f"optimizer {name}"
         lines[label] = f"{section.type}, peak learning rate {section.peak_lr(layout.total_batch_size):.3g}"
+    if doubts := recipe.doubts(recipe.train.epochs or total_steps / steps_per_epoch):
+        lines["warning"] = "; ".join(doubts)
     width = max(map(len, lines))
     return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
 

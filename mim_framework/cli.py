@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ from mim_framework.plugins import Registry
 
 if TYPE_CHECKING:
     from mim_framework.recipe import Recipe
+
+TELLING_SECONDS = 5.0
+"""A silent rank waits so long before it leaves: with the first one, the launcher ends the one that tells."""
 
 RECIPE = click.argument("recipe")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -50,8 +54,10 @@ class ErrorPolicy(click.Group):
             if ctx.params["debug"]:
                 raise
             # All ranks of a node find the same fault in a recipe or its plugins; one of them tells.
-            told_by_another = isinstance(error, RecipeError | PluginError) and os.environ.get("LOCAL_RANK", "0") != "0"
-            if not told_by_another:
+            same_on_the_node = isinstance(error, RecipeError | PluginError) and os.environ.get("LOCAL_RANK", "0") != "0"
+            if error.told_by_another_rank or same_on_the_node:
+                time.sleep(TELLING_SECONDS)
+            else:
                 click.echo(f"mim: {error}", err=True)
             ctx.exit(1)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mim_framework.build import build_model, make_step
+from mim_framework.build import Model, build_model, build_optimizers, failures_as_recipe_errors, make_step
+from mim_framework.errors import RecipeError
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 
@@ -31,25 +32,31 @@ class Cost:
 
 
 def measure_cost(recipe: Recipe, registry: Registry) -> Cost:
-    """Counts on the meta device, so that no weight is ever allocated; components that cannot run there run on the CPU."""
+    """Counts on the meta device, so that no weight is ever allocated; components that cannot run there run on the CPU.
+
+    Raises:
+        RecipeError: if the recipe's parts do not fit, a component fails, or an optimizer cannot be made.
+    """
     try:
         with torch.device("meta"):
             model = build_model(recipe, registry, with_weights=False)
         return _count(recipe, model, torch.device("meta"))
-    except (NotImplementedError, RuntimeError):
+    except RecipeError as error:
+        if not isinstance(error.__cause__, RuntimeError):  # torch's answer to what needs values
+            raise
         return _count(recipe, build_model(recipe, registry, with_weights=False), torch.device("cpu"))
 
 
-def _count(recipe: Recipe, model, device: torch.device) -> Cost:
+def _count(recipe: Recipe, model: Model, device: torch.device) -> Cost:
     batch_size = 2
-    batch = {name: tensor.to(device) for name, tensor in model.views.example(batch_size).items()}
-    step = make_step(recipe, torch.arange(batch_size).to(device), teachers=model.teachers.session(), phase=recipe.phase_names()[0])
-    views = model.views.prepare(step, batch)
-    counter = FlopCounterMode(display=False)
-    with counter:
-        loss = sum(model.objective(step, views).values())
+    positions = torch.arange(batch_size).to(device)
+    step = make_step(recipe, positions, teachers=model.teachers.session(), phase=recipe.phase_names()[0])
+    with failures_as_recipe_errors(recipe), FlopCounterMode(display=False) as counter:
+        batch = {name: tensor.to(device) for name, tensor in model.views.example(batch_size).items()}
+        loss = sum(model.objective(step, model.views.prepare(step, batch)).values())
         forward = counter.get_total_flops()
         loss.backward()
+    build_optimizers(recipe, model.objective, recipe.train.total_batch_size)
     parts = {"encoder": model.specs.encoder} if hasattr(model.objective, "encoder") else {}
     parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in model.objective.named_children()}
     if model.teachers.sections:

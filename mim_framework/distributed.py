@@ -1,15 +1,16 @@
-"""One process or many: the process group, wrapping a module for DDP or FSDP2, full tensors for checkpoints, launching."""
+"""One process or many: process group, modules wrapped for DDP or FSDP2, whole tensors for checkpoints, launching."""
 
 from __future__ import annotations
 
 import inspect
 import os
+import signal
 import socket
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, ContextManager, Literal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mim_framework import errors
 from mim_framework.errors import MimError
+
+T = TypeVar("T")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""A run that gets one of these finishes its step, saves and leaves with 128 + signal. SIGUSR1 is a scheduler's hint."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,38 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def share(self, value: T) -> T:
+        """Rank 0's value, a small plain one, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def on_main(self, function: Callable[[], T]) -> T | None:
+        """Call `function` on rank 0 while the others wait. Returns its result there and None on the others.
+
+        Raises:
+            MimError: on every rank, if it fails on rank 0, so that no rank waits for one that has left.
+        """
+        if self.size == 1:
+            return function()
+        result, raised = None, None
+        if self.is_main:
+            try:
+                result = function()
+            except Exception as error:
+                raised = error
+        failure = self.share(None if raised is None else (type(raised).__name__, str(raised)))
+        if raised is not None:
+            raise raised
+        if failure is not None:
+            kind, text = failure
+            error = getattr(errors, kind, MimError)(text)
+            error.told_by_another_rank = True
+            raise error
+        return result
+
 
 def under_launcher() -> bool:
     """True in a process that torchrun or `mim run` started."""
@@ -63,22 +102,46 @@ def under_launcher() -> bool:
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """`auto` -> cuda, mps or cpu, the first that there is.
+    """`auto` -> cuda, mps or cpu, the first that there is; `local_rank` chooses among the GPUs of the machine.
 
     Raises:
-        MimError: if the wanted device is not there.
+        MimError: if the wanted device is not there, or the machine has fewer GPUs than ranks.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(kind for kind, there in available.items() if there) if wanted == "auto" else wanted
     if not available[kind]:
         found = ", ".join(name for name, there in available.items() if there)
-        raise MimError(f"train.device is '{kind}', but this machine has only {found}; use train.device=auto")
-    return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+        error = MimError(f"train.device is '{kind}', but this machine has only {found}; use train.device=auto")
+        error.told_by_another_rank = local_rank > 0
+        raise error
+    return torch.device(kind, _gpu(local_rank)) if kind == "cuda" else torch.device(kind)
+
+
+def _gpu(local_rank: int) -> int:
+    num_gpus = torch.cuda.device_count()
+    if num_gpus == 1 and not dist.is_torchelastic_launched():
+        return 0  # a launcher such as Slurm's lets every task see its own GPU only
+    if local_rank >= num_gpus:
+        num_ranks = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 0)))
+        error = MimError(
+            f"{num_ranks} ranks on this machine, but only {num_gpus} visible GPUs; "
+            f"use --nproc-per-node {num_gpus}, or train.device=cpu"
+        )
+        error.told_by_another_rank = local_rank > num_gpus
+        raise error
+    return local_rank
 
 
 @contextmanager
 def process_group(wanted_device: str) -> Iterator[tuple[World, torch.device]]:
-    """Join the ranks that the launcher started, or run alone; leave together, so that nobody aborts at exit."""
+    """Join the ranks that the launcher started, or run alone.
+
+    The ranks leave together at the end, and at a SystemExit, on which they must have agreed. After any other error a
+    rank just leaves: the others may wait for it in a collective, where it could only join them; the launcher ends them.
+
+    Raises:
+        MimError: if a variable of the launcher is missing, or as `choose_device`.
+    """
     if not under_launcher():
         yield World(), choose_device(wanted_device)
         return
@@ -89,12 +152,24 @@ def process_group(wanted_device: str) -> Iterator[tuple[World, torch.device]]:
     if dist.is_initialized():  # ranks that a test forked are already together
         yield World(dist.get_rank(), dist.get_world_size(), local_rank), device
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise MimError(
+            f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not. A launcher such as torchrun sets RANK, "
+            "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; unset RANK and WORLD_SIZE to train without one"
+        )
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), local_rank), device
-        dist.barrier()  # without it gloo aborts now and then when one rank leaves early
-    finally:
-        dist.destroy_process_group()
+    except SystemExit:
+        _leave_together()
+        raise
+    _leave_together()
+
+
+def _leave_together() -> None:
+    dist.barrier()  # without it gloo aborts now and then when one rank leaves early
+    dist.destroy_process_group()
 
 
 Mode = Literal["ddp", "fsdp"]
@@ -129,13 +204,13 @@ def wrap(
     # Stateful components reduce their own buffers. torch 2.14 renamed the option.
     known = inspect.signature(DistributedDataParallel).parameters
     keep_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-    # A phase may leave parameters of another optimizer without gradient; with one phase the preflight has shown that none is.
+    # A phase may leave parameters of another optimizer without gradient; with one the preflight shows that none is.
     return DistributedDataParallel(
         module, gradient_as_bucket_view=True, find_unused_parameters=phases > 1, **keep_buffers
     )
 
 
-def gradient_sync(module: nn.Module, *, enabled: bool) -> ContextManager[Any]:
+def gradient_sync(module: nn.Module, *, enabled: bool) -> AbstractContextManager[Any]:
     """Reduce gradients over ranks in this backward pass, or leave it to the last micro-batch."""
     if isinstance(module, DistributedDataParallel):
         return nullcontext() if enabled else module.no_sync()
@@ -199,9 +274,10 @@ def launch(
     """Start `python -m mim_framework ARGUMENTS` once per rank of this node under torch.distributed's elastic agent.
 
     Raises:
-        MimError: if a rank fails; the message holds the rank's exit code and error.
+        MimError: if a rank fails; the message holds the rank's exit code, its error stands above.
+        SystemExit: with 128 + signal, if a signal ended this process or stopped the ranks.
     """
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -218,10 +294,23 @@ def launch(
         rdzv_configs={} if node_rank is None else {"rank": node_rank},
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(),
-        shutdown_timeout=120,
+        signals_to_handle=_signals_to_forward(),
+        # Time to finish a step and save. torch 2.11 does not know the option and kills after 30 s.
+        **({"shutdown_timeout": 120} if "shutdown_timeout" in {field.name for field in fields(LaunchConfig)} else {}),
     )
     try:
         elastic_launch(config, sys.executable)("-m", "mim_framework", *arguments)
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise MimError(f"rank {rank} ended with exit code {failure.exitcode}; its message is above") from None
+        if failure.exitcode - 128 in STOP_SIGNALS:
+            raise SystemExit(failure.exitcode) from None
+        killed = f", killed by {failure.signal_name()}" if failure.exitcode < 0 else ""
+        raise MimError(f"rank {rank} ended with exit code {failure.exitcode}{killed}; its message is above") from None
+
+
+def _signals_to_forward() -> str:
+    """What the agent passes on to the ranks. A signal that is ignored stays so: SIGHUP under nohup."""
+    wanted = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+    return ",".join(name for name in wanted if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN)

@@ -6,6 +6,9 @@ from __future__ import annotations
 class MimError(Exception):
     """Base of every error that a user can cause and cure."""
 
+    told_by_another_rank = False
+    """Set where another rank of the run has the same error and prints it."""
+
 
 class RecipeError(MimError):
     """A recipe is wrong; the message lists every problem with its file and line."""

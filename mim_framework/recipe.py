@@ -153,6 +153,15 @@ class Recipe(Section):
     def phase_names(self) -> list[str]:
         return [phase.name for phase in self.named_phases()]
 
+    def doubts(self, epochs: float) -> list[str]:
+        """What is allowed but hardly meant, in a run of so many epochs."""
+        return [
+            f"the warm-up of optimizer '{name}', {section.warmup_epochs:g} epochs, is no shorter than the run of "
+            f"{epochs:g}: the learning rate stays below its peak"
+            for name, section in self.named_optimizers().items()
+            if section.warmup_epochs >= epochs
+        ]
+
 
 def load_recipe(
     recipe: str | Path, overrides: Iterable[str] = (), registry: Registry | None = None, *, complete: bool = True
@@ -429,27 +438,50 @@ def _inconsistencies(data: dict[str, Any]) -> list[Problem]:
             "stands beside 'optimizers'; use one of the two" if both else "missing; a recipe needs it, or 'optimizers'"
         )
         problems.append(Problem(("optim",), text))
-    problems += _unknown_names(data)
-    return problems
+    return [*problems, *_phase_problems(data), *_teacher_problems(data)]
 
 
-def _unknown_names(data: dict[str, Any]) -> list[Problem]:
-    """Optimizers and teachers that are referred to and not there."""
-    problems = []
-    optimizers = data.get("optimizers") or {"main": None}
-    phases = data.get("phases") or ()
-    for index, phase in enumerate(phases if isinstance(phases, list | tuple) else ()):
-        names = phase.get("optimizers") if isinstance(phase, dict) else ()
-        for name in names if isinstance(names, list | tuple) and isinstance(optimizers, dict) else ():
-            if isinstance(name, str) and name not in optimizers:
-                text = f"there is no optimizer '{name}'; the recipe has {_and(optimizers)}"
-                problems.append(Problem(("phases", index, "optimizers"), text))
+def _phase_problems(data: dict[str, Any]) -> Iterator[Problem]:
+    """Phases of one name, optimizers that are not there, and optimizers that no phase steps."""
+    optimizers, phases = data.get("optimizers") or {"main": None}, data.get("phases") or ()
+    if not isinstance(optimizers, dict) or not isinstance(phases, list | tuple):
+        return
+    seen: set[Any] = set()
+    stepped: set[Any] = set()
+    for index, phase in enumerate(phases):
+        phase = phase if isinstance(phase, dict) else {}
+        name, names = phase.get("name"), phase.get("optimizers")
+        if isinstance(name, str) and name in seen:
+            yield Problem(("phases", index, "name"), f"there is a phase '{name}' already; give each its own name")
+        seen |= {name} if isinstance(name, str) else set()
+        for each in names if isinstance(names, list | tuple) else ():
+            if isinstance(each, str) and each not in optimizers:
+                text = f"there is no optimizer '{each}'; the recipe has {_and(optimizers)}"
+                yield Problem(("phases", index, "optimizers"), text)
+            stepped |= {each} if isinstance(each, str) else set()
+    if phases and (idle := [name for name in optimizers if name not in stepped]):
+        yield Problem(("phases",), f"no phase steps optimizer {_and(idle)}; its parameters would never change")
+
+
+def _teacher_problems(data: dict[str, Any]) -> Iterator[Problem]:
+    """A teacher that copies another one needs one that is copied before it, with the same parts."""
     teachers = data.get("teachers") or {}
+    earlier: dict[str, Any] = {}
     for name, teacher in teachers.items() if isinstance(teachers, dict) else ():
-        source = teacher.get("of_teacher") if isinstance(teacher, dict) else None
+        teacher = teacher if isinstance(teacher, dict) else {}
+        source, copied = teacher.get("of_teacher"), teacher.get("copy", teacher.get("copy_of"))
+        place = ("teachers", name, "of_teacher")
         if isinstance(source, str) and source not in teachers:
-            problems.append(Problem(("teachers", name, "of_teacher"), f"there is no teacher '{source}'"))
-    return problems
+            yield Problem(place, f"there is no teacher '{source}'")
+        elif isinstance(source, str) and source not in earlier:
+            yield Problem(place, f"teacher '{source}' must stand before '{name}', which copies it")
+        elif isinstance(source, str) and not earlier[source]:
+            yield Problem(place, f"teacher '{source}' is frozen, not a copy; give '{name}' its own 'encoder'")
+        elif isinstance(source, str) and isinstance(copied, list | tuple) and isinstance(earlier[source], list | tuple):
+            for part in copied:
+                if part not in earlier[source]:
+                    yield Problem(("teachers", name, "copy"), f"teacher '{source}' holds no copy of '{part}'")
+        earlier[name] = copied
 
 
 def _and(names: Iterable[str]) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import platform
+import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -101,8 +105,8 @@ def batch_layout(recipe: Recipe, rank: int, world_size: int) -> BatchLayout:
         near = max(1, round(total / unit)) * unit
         micro = f"train.batch_size {recipe.train.batch_size} x " if recipe.train.batch_size else ""
         raise RecipeError(
-            f"{recipe.location('train.total_batch_size')}: {total} images do not divide into {micro}{world_size} ranks; "
-            f"use {near}, for example"
+            f"{recipe.location('train.total_batch_size')}: {total} images do not divide into {micro}{world_size} "
+            f"ranks; use {near}, for example"
         )
     return BatchLayout(total, unit // world_size, rank, world_size)
 
@@ -134,24 +138,25 @@ def prepare_directory(recipe: Recipe, registry: Registry, world: World, *, fresh
     """
     directory = run_directory(recipe)
     written = directory / "recipe.yaml"
-    if written.exists() and list_checkpoints(directory / "checkpoints"):
-        if fresh:
-            raise RecipeError(f"{directory} holds a run already, and --fresh refuses to go on with it; choose another name")
-        changed = changed_keys(load_recipe(written, [], registry), recipe)
-        if changed:
-            raise RecipeError(
-                f"{directory} holds a run of another recipe, which cannot be resumed: {'; '.join(changed)}. "
-                "Undo the change, or give the run another name: name=..."
-            )
-    world.barrier()  # every rank has read the old recipe before a new one is written
-    if world.is_main:
-        try:
+
+    def prepare() -> None:
+        if written.exists() and list_checkpoints(directory / "checkpoints"):
+            if fresh:
+                raise RecipeError(
+                    f"{directory} holds a run already, and --fresh refuses to go on with it; choose another name"
+                )
+            changed = changed_keys(load_recipe(written, [], registry), recipe)
+            if changed:
+                raise RecipeError(
+                    f"{directory} holds a run of another recipe, which cannot be resumed: {'; '.join(changed)}. "
+                    "Undo the change, or give the run another name: name=..."
+                )
+        with _writing(recipe):
             directory.mkdir(parents=True, exist_ok=True)
-            written.write_text(dump_recipe(recipe))
-            (directory / "environment.json").write_text(json.dumps(environment(registry, world), indent=1) + "\n")
-        except OSError as error:
-            raise MimError(f"output_dir {recipe.output_dir}: cannot write {error.filename or directory}: {error.strerror}") from error
-    world.barrier()
+            _replace(written, dump_recipe(recipe))
+            _replace(directory / "environment.json", json.dumps(environment(registry, world), indent=1) + "\n")
+
+    world.on_main(prepare)
     return directory
 
 
@@ -160,13 +165,75 @@ def run_directory(recipe: Recipe) -> Path:
     return Path(recipe.output_dir) / recipe.name
 
 
+@contextmanager
+def sole_run(recipe: Recipe, world: World) -> Iterator[None]:
+    """Keep other processes from training in the same run directory meanwhile, by a lock on its `run.lock`.
+
+    The operating system gives the lock back when the process ends, however it ends.
+
+    Raises:
+        MimError: if another run has the directory, or it cannot be written.
+    """
+    file = world.on_main(lambda: _lock(recipe))
+    try:
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+def _lock(recipe: Recipe) -> int:
+    """The descriptor of the locked file. Not `flock`, which the data workers would inherit and hold on to."""
+    import fcntl
+
+    path = run_directory(recipe) / "run.lock"
+    with _writing(recipe):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            holder = os.read(file, 1000).decode(errors="replace").strip()
+            os.close(file)
+            raise MimError(
+                f"{path.parent} is in use by another run ({holder}); wait until it has ended, or give this one another "
+                f"name: name=... If that process is no more, which some file systems notice late, delete {path}"
+            ) from None
+        return file  # a file system without locks
+    with _writing(recipe):
+        os.ftruncate(file, 0)
+        os.write(file, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+    return file
+
+
+@contextmanager
+def _writing(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or run_directory(recipe)
+        raise MimError(f"output_dir {recipe.output_dir}: cannot write {where}: {error.strerror}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a text file so that a kill leaves the old one or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """Keys whose change would make the resumed run another run, as 'key: old -> new'."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+        if before.get(key) != after.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
     ]
 
 
@@ -178,6 +245,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def environment(registry: Registry, world: World) -> dict[str, Any]:
     """Versions and hardware, for the record. Names of environment variables, never their values."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     packages = ["mim-framework", "torch", "torchvision", "timm", "pydantic", "torchdata", "Pillow", "torchcodec"]
     found = {}
     for package in packages:
@@ -190,7 +258,7 @@ def environment(registry: Registry, world: World) -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": found,
         "plugins": {plugin.name: plugin.version for plugin in registry.plugins()},
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.processor() or "cpu"],
+        "devices": gpus or [platform.processor() or "cpu"],
         "world_size": world.size,
         "cpu_count": os.cpu_count(),
         "arguments": sys.argv,

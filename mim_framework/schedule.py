@@ -32,17 +32,33 @@ class Curve(Section):
     gamma: float = 0.1
     """Factor at each milestone."""
 
-    model_config = {**Section.model_config, "validate_by_name": True, "validate_by_alias": True, "serialize_by_alias": True}
+    model_config = {
+        **Section.model_config,
+        "validate_by_name": True,
+        "validate_by_alias": True,
+        "serialize_by_alias": True,
+    }
 
     @model_validator(mode="after")
     def _complete(self) -> Curve:
         if self.shape in ("cosine", "linear") and self.end is None:
             raise ValueError(f"a {self.shape} schedule needs 'to', the value at the end of the run")
+        if self.shape in ("constant", "step") and self.end is not None:
+            raise ValueError(f"a {self.shape} schedule takes no 'to'; use shape cosine or linear to move there")
         return self
 
 
 Schedule = Annotated[float | Curve, Field(union_mode="smart")]
 """A plain number or a curve."""
+
+
+def extremes(schedule: Curve | float) -> tuple[float, ...]:
+    """Values between which a schedule stays, its turning points."""
+    if not isinstance(schedule, Curve):
+        return (schedule,)
+    last = schedule.start * schedule.gamma ** len(schedule.milestones) if schedule.shape == "step" else schedule.start
+    found = (schedule.start, last if schedule.end is None else schedule.end)
+    return (schedule.warmup_from, *found) if schedule.warmup_epochs else found
 
 
 def value_at(schedule: Curve | float, epoch: float, epochs: float) -> float:

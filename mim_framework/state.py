@@ -16,15 +16,22 @@ from mim_framework.errors import CheckpointError
 from mim_framework.optim import Optimizer
 
 
-def gather(objective: nn.Module, teachers: nn.Module, optimizers: dict[str, Optimizer], world: World) -> dict[str, dict[str, Tensor]]:
+def gather(
+    objective: nn.Module, teachers: nn.Module, optimizers: dict[str, Optimizer], world: World
+) -> dict[str, dict[str, Tensor]]:
     """All groups, whole, on rank 0. Every rank must call it."""
-    groups = {"model": gather_full(objective.state_dict(), world), "teachers": gather_full(teachers.state_dict(), world)}
+    groups = {
+        "model": gather_full(objective.state_dict(), world),
+        "teachers": gather_full(teachers.state_dict(), world),
+    }
     for name, optimizer in optimizers.items():
         groups[f"optimizer.{name}"] = gather_full(_optimizer_tensors(optimizer), world)
     return {name: tensors for name, tensors in groups.items() if tensors}
 
 
-def restore(checkpoint: Checkpoint, objective: nn.Module, teachers: nn.Module, optimizers: dict[str, Optimizer]) -> None:
+def restore(
+    checkpoint: Checkpoint, objective: nn.Module, teachers: nn.Module, optimizers: dict[str, Optimizer]
+) -> None:
     """The inverse, on every rank, for modules that are already wrapped or sharded.
 
     Raises:
@@ -44,7 +51,9 @@ def _restore_module(module: nn.Module, tensors: dict[str, Tensor], where: str) -
         raise CheckpointError(f"{where}: {len(differing)} names differ from the recipe's model, first '{differing[0]}'")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
-            raise CheckpointError(f"{where}: '{name}' is {tuple(tensor.shape)}, the recipe needs {tuple(own[name].shape)}")
+            raise CheckpointError(
+                f"{where}: '{name}' is {tuple(tensor.shape)}, the recipe needs {tuple(own[name].shape)}"
+            )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(like(tensor, tensors[name]))
@@ -60,24 +69,57 @@ def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
-def scalars(optimizers: dict[str, Optimizer]) -> dict[str, Any]:
-    """Plain numbers that some optimizers keep besides tensors, for the checkpoint's JSON."""
-    return {
-        f"{key}|{name}|{entry}": value
-        for key, optimizer in optimizers.items()
-        for name, parameter in zip(optimizer.parameter_names, optimizer.parameters, strict=True)
-        for entry, value in optimizer.optimizer.state.get(parameter, {}).items()
-        if isinstance(value, (int, float))
-    }
+_SET_BY_RECIPE = {"lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize"}
+"""Entries of a parameter group that follow from the recipe, the step or the device."""
 
 
-def restore_scalars(optimizers: dict[str, Optimizer], values: dict[str, Any]) -> None:
-    """Inverse of `scalars`; after `restore`."""
+def scalars(optimizers: dict[str, Optimizer]) -> dict[str, int | float]:
+    """Numbers that some optimizers keep besides tensors, by parameter or by group, for the checkpoint's JSON.
+
+    Raises:
+        CheckpointError: if an optimizer keeps something else, without which it could not be resumed.
+    """
+    found: dict[str, int | float] = {}
+    for key, optimizer in optimizers.items():
+        for name, parameter in zip(optimizer.parameter_names, optimizer.parameters, strict=True):
+            for entry, value in optimizer.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, int | float):
+                    found[f"{key}|{name}|{entry}"] = value
+                elif value is not None and not isinstance(value, Tensor):
+                    what = f"keeps '{entry}' as {type(value).__name__}, which cannot be saved"
+                    raise CheckpointError(f"optimizer '{optimizer.section.type}' {what}")
+        for number, group in enumerate(optimizer.optimizer.param_groups):
+            for entry, value in group.items():
+                if isinstance(value, Tensor) and value.ndim == 0:
+                    value = value.item()
+                if isinstance(value, int | float) and entry not in _SET_BY_RECIPE:
+                    found[f"{key}|{_group(number)}|{entry}"] = value
+    return found
+
+
+def restore_scalars(optimizers: dict[str, Optimizer], values: dict[str, int | float]) -> None:
+    """Inverse of `scalars`; after `restore`.
+
+    Raises:
+        CheckpointError: if they belong to a parameter that the recipe's optimizer does not hold.
+    """
     for path, value in values.items():
         key, name, entry = path.split("|")
         optimizer = optimizers[key]
-        parameter = optimizer.parameters[optimizer.parameter_names.index(name)]
-        optimizer.optimizer.state[parameter][entry] = value
+        places: dict[str, dict[str, Any]] = {
+            _group(number): group for number, group in enumerate(optimizer.optimizer.param_groups)
+        }
+        if name not in places and name not in optimizer.parameter_names:
+            raise CheckpointError(f"optimizer state of '{name}', which the recipe's optimizer '{key}' does not hold")
+        if name not in places:
+            places[name] = optimizer.optimizer.state[optimizer.parameters[optimizer.parameter_names.index(name)]]
+        places[name][entry] = value
+    for optimizer in optimizers.values():  # makes tensors again of the numbers that it keeps as tensors
+        optimizer.optimizer.load_state_dict(optimizer.optimizer.state_dict())
+
+
+def _group(number: int) -> str:
+    return f"group {number}"
 
 
 def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -87,7 +129,8 @@ def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None
     for path, tensor in tensors.items():
         name, key = path.split("|")
         if name not in number:
-            raise CheckpointError(f"optimizer state of '{name}', which the recipe's optimizer '{optimizer.name}' does not hold")
+            text = f"optimizer state of '{name}', which the recipe's optimizer '{optimizer.name}' does not hold"
+            raise CheckpointError(text)
         parameter = optimizer.parameters[number[name]]
         fits = tensor.shape == parameter.shape
         state.setdefault(number[name], {})[key] = like(parameter, tensor) if fits and tensor.ndim else tensor

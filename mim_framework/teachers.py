@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from pydantic import Field, model_validator
@@ -20,7 +21,7 @@ from mim_framework.components import Component, Encoder, Head
 from mim_framework.config import Choice, Section
 from mim_framework.distributed import local
 from mim_framework.records import Ask, Latent, Mask, Step
-from mim_framework.schedule import Schedule
+from mim_framework.schedule import Schedule, extremes
 
 
 class TeacherSection(Section):
@@ -30,7 +31,7 @@ class TeacherSection(Section):
     """A frozen encoder component."""
     checkpoint: str | None = None
     """Weights of the frozen encoder: a run directory, a checkpoint or a safetensors file."""
-    copy_of: tuple[str, ...] = Field((), alias="copy")
+    copy_of: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), alias="copy")
     """Parts of the model to copy, for example [encoder] or [encoder, heads.main.decoder]."""
     of_teacher: str | None = None
     """Copy those parts from another copied teacher instead of the model (the Gram teacher of DINOv3)."""
@@ -49,6 +50,9 @@ class TeacherSection(Section):
             raise ValueError("a copied teacher needs 'momentum' or 'refresh_every', one of the two")
         if not self.copy_of and (self.momentum is not None or self.refresh_every is not None or self.of_teacher):
             raise ValueError("'momentum', 'refresh_every' and 'of_teacher' belong to a copied teacher ('copy')")
+        if self.momentum is not None and not all(0 <= value <= 1 for value in extremes(self.momentum)):
+            values = " to ".join(dict.fromkeys(f"{value:g}" for value in extremes(self.momentum)))
+            raise ValueError(f"'momentum' must stay between 0 and 1, got {values}")
         return self
 
 

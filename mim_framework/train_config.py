@@ -23,7 +23,8 @@ class TrainSection(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """`auto` takes cuda, mps or cpu, the first that there is."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the forward pass. `auto` is bfloat16 autocast where the device has it in hardware. Weights stay float32."""
+    """Arithmetic of the forward pass. `auto` is bfloat16 autocast where the device has it in hardware. Weights stay
+    float32."""
     distributed: Literal["ddp", "fsdp"] = "ddp"
     """Replicate the model on every rank, or shard it (FSDP2)."""
     compile: bool = False
@@ -43,7 +44,7 @@ class PhaseSection(Section):
 
     name: str
     """What `step.phase` says during this pass."""
-    optimizers: tuple[str, ...]
+    optimizers: tuple[str, ...] = Field(min_length=1)
     """Names of the optimizers that step at its end."""
     sign: Literal[1, -1] = 1
     """-1 maximises the loss (an adversarial masker)."""

@@ -7,6 +7,7 @@ functions of the step, and a checkpoint holds the rest; so a resumed run goes on
 from __future__ import annotations
 
 import json
+import logging
 import math
 import signal
 from collections.abc import Iterable, Iterator
@@ -19,19 +20,20 @@ import torch
 from torch import Tensor
 
 from mim_framework import checkpoint, rng, state
-from mim_framework.build import build_model, build_source, preflight
+from mim_framework.build import build_model, build_optimizers, build_source, preflight
 from mim_framework.components import Component
 from mim_framework.data.loader import Batch, Loader
-from mim_framework.distributed import World, gradient_sync, process_group, shard, whole_weights, wrap
-from mim_framework.errors import DataError, TrainingError
+from mim_framework.distributed import STOP_SIGNALS, World, gradient_sync, process_group, shard, whole_weights, wrap
+from mim_framework.errors import CheckpointError, DataError, TrainingError
 from mim_framework.evaluate.knn import online_knn
 from mim_framework.evaluate.reconstruct import draw_fixed
 from mim_framework.metrics import MetricsWriter, Throughput
-from mim_framework.optim import Optimizer, assign
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 from mim_framework.report import Progress
-from mim_framework.run import Run, batch_layout, prepare_directory, run_length
+from mim_framework.run import Run, batch_layout, prepare_directory, run_length, sole_run
+
+logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, registry: Registry, *, fresh: bool = False) -> Path:
@@ -43,7 +45,7 @@ def train(recipe: Recipe, registry: Registry, *, fresh: bool = False) -> Path:
     Raises:
         MimError: for everything that a user can cause and cure.
     """
-    with process_group(recipe.train.device) as (world, device):
+    with process_group(recipe.train.device) as (world, device), sole_run(recipe, world):
         trainer = Trainer(recipe, registry, world, device, fresh=fresh)
         trainer.fit()
         return trainer.run.dir
@@ -56,6 +58,7 @@ class Trainer:
         self, recipe: Recipe, registry: Registry, world: World, device: torch.device, *, fresh: bool = False
     ) -> None:
         self.hook = registry.hook
+        self.failed_listeners: set[str] = set()
         source = build_source(recipe, registry)  # the cheapest to fail comes first
         if len(source) == 0:
             raise DataError(f"data.source '{recipe.data.source.type}' has no images")
@@ -69,7 +72,7 @@ class Trainer:
         self.evaluation_sources = source.evaluation_sources()
         self.phases = recipe.named_phases()
         self.model = self._distribute()
-        self.optimizers = self._make_optimizers()
+        self.optimizers = build_optimizers(recipe, self.objective, layout.total_batch_size)
         self.autocast = torch.autocast(device.type, torch.bfloat16, self.run.bfloat16)
         self.stop_signal, self.stop_agreed = 0, False
         self.window: dict[str, float] = {}  # sums of what was measured since the last line of the log
@@ -120,9 +123,11 @@ class Trainer:
     def fit(self) -> None:
         """All steps that are left, with logging, evaluation and checkpoints after each."""
         run, error = self.run, None
-        self.hook.mim_run_started(run=run)
+        self._announce("mim_run_started")
         try:
             with self._stop_on_signal(), self._observed(), closing(iter(self.loader)) as batches:
+                for doubt in run.recipe.doubts(run.epochs):
+                    self.progress.note(doubt)
                 for index in range(self.start, run.total_steps):
                     micro_batches: Iterable[Batch] = islice(batches, run.layout.accum_steps)  # read while the device works
                     if len(self.phases) > 1:
@@ -132,7 +137,7 @@ class Trainer:
             error = raised
             raise
         finally:
-            self.hook.mim_run_finished(run=run, error=error)
+            self._announce("mim_run_finished", error=error)
 
     def _summarise(self, history: list[dict[str, Tensor]], grad_norms: dict[str, Tensor]) -> dict[str, float]:
         """Means over micro-batches and ranks, gradient norms, and whether any rank was told to stop; one reduction."""
@@ -214,7 +219,7 @@ class Trainer:
         line |= self.throughput.take()
         if run.world.is_main:
             self.metrics.write(done, line)
-            self.hook.mim_metrics_logged(run=run, step=done, metrics=line)
+            self._announce("mim_metrics_logged", step=done, metrics=line)
 
     def _evaluate(self, done: int) -> None:
         """Online kNN. Every rank computes it, since a sharded encoder needs all of them."""
@@ -225,7 +230,7 @@ class Trainer:
             with self.autocast, whole_weights(self.objective):
                 top1 = online_knn(
                     self.objective.encoder, run.model.views, self.evaluation_sources, section, run.device,
-                    workers=run.recipe.data.num_workers,
+                    workers=run.recipe.data.num_workers, world=run.world,
                 )  # fmt: skip
         except DataError as error:  # the images of the evaluation are not worth a run
             self.progress.note(f"step {done}: no kNN: {error}")
@@ -243,16 +248,35 @@ class Trainer:
     def _save(self, done: int) -> None:
         run, recipe = self.run, self.run.recipe
         groups = state.gather(self.objective, self.teachers.moving(), self.optimizers, run.world)
-        if run.world.is_main:
-            numbers = {
-                "window": self.window,
-                "nonfinite_in_a_row": self.nonfinite_in_a_row,
-                "optimizer_scalars": state.scalars(self.optimizers),
-            }
+        numbers = {
+            "num_images": len(run.source),
+            "window": self.window,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "optimizer_scalars": state.scalars(self.optimizers),
+        }
+
+        def write() -> Path:
             path = checkpoint.save_checkpoint(run.dir / "checkpoints", done, groups, numbers)
             checkpoint.prune(run.dir / "checkpoints", recipe.checkpoint, run.steps_per_epoch)
-            self.hook.mim_checkpoint_saved(run=run, path=path)
-        run.world.barrier()
+            return path
+
+        path = run.world.on_main(write)
+        if path is not None:
+            self._announce("mim_checkpoint_saved", path=path)
+
+    def _announce(self, event: str, **details: Any) -> None:
+        """Tell the plugins that listen to a run event. One that raises is named once, and cannot end the run."""
+        details["run"] = self.run
+        for listener in reversed(getattr(self.hook, event).get_hookimpls()):  # the last registered first, as in pluggy
+            try:
+                listener.function(*[details[name] for name in listener.argnames])
+            except Exception as error:
+                if listener.plugin_name not in self.failed_listeners:
+                    self.failed_listeners.add(listener.plugin_name)
+                    logger.warning(
+                        f"plugin '{listener.plugin_name}' failed in {event}: {type(error).__name__}: {error}. "
+                        "The run goes on; further errors of this plugin are not shown"
+                    )
 
     def _checkpoint_due(self, done: int) -> bool:
         section = self.run.recipe.checkpoint
@@ -278,29 +302,40 @@ class Trainer:
                     shard(unit, unit_blocks, run.device, reshard_after_forward=True)
         return wrap(self.objective, blocks, section.distributed, run.world, run.device, phases=len(self.phases))
 
-    def _make_optimizers(self) -> dict[str, Optimizer]:
-        sections = self.run.recipe.named_optimizers()
-        exempt = {
-            f"{path}.{name}" if path else name
-            for path, module in self.objective.named_modules()
-            if hasattr(module, "no_weight_decay")
-            for name in module.no_weight_decay()
-        }
-        parameters = assign(sections, list(self.objective.named_parameters()))
-        total = self.run.layout.total_batch_size
-        return {name: Optimizer(name, section, parameters[name], exempt, total) for name, section in sections.items()}
-
     def _resume(self) -> int:
         """Load the newest whole checkpoint, if there is one; returns the step to go on with."""
-        run = self.run
-        found = checkpoint.find_latest(run.dir / "checkpoints")
-        if found is None:
+        run, folder = self.run, self.run.dir / "checkpoints"
+        found = run.world.on_main(lambda: self._same_images(checkpoint.find_latest(folder)))
+        name = run.world.share(None if found is None else found.path.name)
+        if name is None:
             return 0
+        if found is None:  # rank 0 has verified it
+            found = self._same_images(self._opened(folder / name))
         state.restore(found, self.objective, self.teachers.moving(), self.optimizers)
         state.restore_scalars(self.optimizers, found.state["optimizer_scalars"])
         self.window = found.state["window"]
         self.nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
         return found.step
+
+    @staticmethod
+    def _opened(path: Path) -> checkpoint.Checkpoint:
+        if not path.is_dir():
+            raise CheckpointError(
+                f"rank 0 resumes from {path}, which this machine does not have; "
+                "output_dir must be a folder that all machines of the run share"
+            )
+        return checkpoint.load(path, verify=False)
+
+    def _same_images(self, found: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
+        """The checkpoint, if the source has as many images as when it was written."""
+        now = len(self.run.source)
+        if found is not None and found.state["num_images"] != now:
+            raise DataError(
+                f"data.source has changed since {found.path}: {found.state['num_images']} images -> {now}. The number "
+                "decides the order of the samples, so the run would silently go on with others. Bring the images back, "
+                f"or start a run of its own from these weights: name=... init={found.path}"
+            )
+        return found
 
     @contextmanager
     def _observed(self) -> Iterator[None]:
@@ -312,7 +347,7 @@ class Trainer:
             total_steps=run.total_steps, device=run.device, run_dir=run.dir,
         )  # fmt: skip
         self.throughput = Throughput(run.device)
-        self.metrics = MetricsWriter(run.dir, resume_step=self.start, section=recipe.log) if run.world.is_main else None
+        self.metrics = run.world.on_main(lambda: MetricsWriter(run.dir, resume_step=self.start, section=recipe.log))
         with Progress(run, start=self.start) as self.progress:
             try:
                 yield
@@ -322,17 +357,18 @@ class Trainer:
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
-        """SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, leave with 128 + signal. A second Ctrl-C leaves at once."""
+        """SIGTERM, SIGUSR1, Ctrl-C: finish the step, save, leave with 128 + signal. A second Ctrl-C leaves at once."""
 
         def note(number: int, frame: Any) -> None:
             if self.stop_signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop_signal = number
 
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        previous = {number: signal.signal(number, note) for number in numbers}
+        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            # Ranks that stop leave together, and the launcher may pass its signal on once more meanwhile.
+            if not (self.stop_signal and self.run.world.size > 1):
+                for number, handler in previous.items():
+                    signal.signal(number, handler)

@@ -9,13 +9,22 @@ import torch
 import yaml
 from torch import nn
 
-from mim_framework.build import build_model, build_source, load_into, make_step, preflight
+from mim_framework.build import (
+    build_model,
+    build_optimizers,
+    build_source,
+    load_into,
+    load_run,
+    make_step,
+    preflight,
+)
 from mim_framework.builtins.maskers import RandomMasker
 from mim_framework.checkpoint import save_checkpoint
 from mim_framework.components import Decoder, Encoder, Loss, Objective, Target
+from mim_framework.config import Section
 from mim_framework.errors import CheckpointError, RecipeError
+from mim_framework.recipe import dump_recipe, load_recipe
 from mim_framework.records import Ask, EncoderSpec, Grid, Latent, Mask, Masked, MaskerSpec, Pred, PredSpec, TargetSpec
-from mim_framework.recipe import load_recipe
 from mim_framework.testing import RegistryWith
 
 GRID = Grid((4, 4))
@@ -100,6 +109,24 @@ class IdleDecoder(AskingDecoder):
         self.unused = nn.Parameter(torch.zeros(3))
 
 
+class SlippingDecoder(AskingDecoder):
+    """A plugin's slip that shows at once, or with the first batch."""
+
+    name = "slipping"
+
+    class Config(Section):
+        at_once: bool = False
+
+    def __init__(self, config, specs):
+        super().__init__(config, specs)
+        self.ask = Ask()
+        if config.at_once:
+            self.head.weigth.zero_()
+
+    def forward(self, latent, mask):
+        return {"values": latent.tokens}["value"]
+
+
 class LatentLoss(Loss):
     name = "latent"
 
@@ -122,8 +149,9 @@ class TwoHeads(Objective):
 
 
 REGISTRY = RegistryWith(
-    ToyEncoder, UnevenMasker, LyingMasker, IdsTarget, CoarseTarget, AskingDecoder, IdleDecoder, LatentLoss, TwoHeads
-)
+    ToyEncoder, UnevenMasker, LyingMasker, IdsTarget, CoarseTarget, AskingDecoder, IdleDecoder, SlippingDecoder,
+    LatentLoss, TwoHeads,
+)  # fmt: skip
 RECIPE = {
     "name": "toy",
     "data": {"source": {"type": "digits"}},
@@ -182,7 +210,24 @@ def test_building_leaves_the_global_generator_alone(tmp_path):
         ({"target": "coarse"}, r"toy.yaml:\d+:\d+: decoder: linear: decoder 'linear': target grid 2x2, encoder grid 4x4"),
         ({"target": {"type": "pixels", "patch_size": 5}}, "image size 16x16 is not a multiple of patch_size 5"),
         ({"target": {"type": "features", "teacher": "clip"}}, "no teacher 'clip'; the teachers of this recipe are none"),
-        ({"teachers": {"ema": {"copy": ["encodr"], "momentum": 0.9}}}, "encodr"),
+        (
+            {"teachers": {"ema": {"copy": ["encodr"], "momentum": 0.9}}},
+            r"teachers.ema.copy: objective 'masked_prediction' has no part 'encodr', did you mean 'encoder'\?; "
+            r"it has .*heads.main.decoder",
+        ),
+        (
+            {"masker": {"type": "random", "mask_patch_size": 2}},
+            "masker 'random' and encoder 'toy' do not fit: mask grid 8x8, token grid 4x4; "
+            "a token of 4 pixels cannot be hidden in part",
+        ),
+        (
+            {"decoder": {"type": "slipping", "at_once": True}},
+            r"toy.yaml:\d+:\d+: decoder: slipping: AttributeError: .* has no attribute 'weigth'",
+        ),
+        (
+            {"evaluate": {"knn": {"pool": "cls"}}},
+            r"toy.yaml:\d+:\d+: evaluate.knn.pool: pool is 'cls', but the encoder has no class token",
+        ),
         ({"encoder": {"type": "mae_vit", "patch_size": 5}}, "image size 16x16 is not a multiple of patch_size 5"),
         ({"encoder": {"type": "mae_vit", "patch_size": 4}}, "decoder 'linear' needs an encoder with a token at every position"),
         ({"encoder": {"type": "timm", "model": "vit_tinny"}}, "timm knows no model 'vit_tinny'"),
@@ -198,11 +243,52 @@ def test_what_does_not_fit_is_refused_with_its_place_and_both_names(tmp_path, ch
     [
         ({"decoder": "idle"}, "trainable parameters that no loss reaches: heads.main.decoder.unused"),
         ({"masker": "lying"}, r"equal=True but hides \[5, 6\] positions"),
+        ({"decoder": "slipping"}, r"toy.yaml: the model fails on a made-up batch: KeyError: 'value'"),
     ],
 )
 def test_the_preflight_refuses_what_only_a_batch_shows(tmp_path, changes, text):
     with pytest.raises(RecipeError, match=text):
         preflight(build_model(recipe_of(tmp_path, **changes), REGISTRY), CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"optim": {"lr": 1, "type": "adamv"}}, r"toy.yaml:\d+:\d+: optim: no optimizer type 'adamv'"),
+        ({"optim": {"lr": 1, "options": {"x": 1}}}, "optim: 'adamw' cannot be made: TypeError"),
+        ({"optim": {"lr": 1, "parameters": ["encoder.*"]}}, r"optim: parameter 'heads\..*' matches no optimizer"),
+        (
+            {"optim": None, "optimizers": {"all": {"lr": 1}, "none": {"lr": 1, "parameters": ["x"]}}},
+            r"toy.yaml:\d+:\d+: optimizers.none: matches no trainable parameter \(patterns: x\)",
+        ),
+    ],
+)
+def test_optimizers_that_do_not_fit_the_model_are_refused_with_their_place(tmp_path, changes, text):
+    recipe = recipe_of(tmp_path, **changes)
+    with pytest.raises(RecipeError, match=text):
+        build_optimizers(recipe, build_model(recipe, REGISTRY).objective, 4)
+
+
+def test_weights_that_timm_cannot_download_are_refused_with_a_cure(tmp_path, monkeypatch):
+    def offline(name, pretrained, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    teachers = {"clip": {"encoder": {"type": "timm", "model": "test_vit", "pretrained": True}}}
+    text = r"timm cannot load the weights of 'test_vit' \(ConnectionError: no route to host\).*HF_HOME.*=false"
+    with pytest.raises(RecipeError, match=f"teachers.clip.encoder: timm: {text}"):
+        build_model(recipe_of(tmp_path, teachers=teachers), REGISTRY)
+
+
+def test_a_run_of_another_machine_is_loaded_on_a_device_of_this_one(tmp_path, monkeypatch, caplog):
+    train = {"total_batch_size": 4, "steps": 1, "device": "cuda"}
+    recipe = recipe_of(tmp_path, train=train)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    save_checkpoint(tmp_path / "checkpoints", 1, {"model": build_model(recipe, REGISTRY).objective.state_dict()}, {})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert load_run(tmp_path, registry=REGISTRY).device == CPU
+    assert "was trained on cuda, which is not here; using cpu" in caplog.text
 
 
 def test_several_heads_add_their_weighted_losses(tmp_path):

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from mim_framework.optim import (
-    OptimSection,
     Optimizer,
+    OptimSection,
     assign,
     layer_decay_scale,
     parameter_groups,
@@ -52,7 +52,10 @@ def test_schedule_sets_rate_and_decay_of_each_group():
     section = OptimSection(lr=1.0, warmup_epochs=2, weight_decay={"shape": "linear", "from": 0.0, "to": 1.0})
     optimizer = Optimizer("main", section, named(model), [], total_batch_size=1)
     optimizer.schedule(step_at(1.0))
-    assert [(group["lr"], group["weight_decay"]) for group in optimizer.optimizer.param_groups] == [(0.5, 0.1), (0.5, 0.0)]
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.optimizer.param_groups] == [
+        (0.5, 0.1),
+        (0.5, 0.0),
+    ]
 
 
 def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
@@ -61,6 +64,14 @@ def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
     optimizer = Optimizer("main", OptimSection(lr=1.0, clip_grad_norm=1.0), named(model), [], 1)
     assert float(optimizer.clip()) == 5.0
     assert model.weight.grad.flatten().tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
+
+
+def test_without_gradients_the_norm_is_zero_and_on_the_device_of_the_parameters():
+    with torch.device("meta"):
+        model = nn.Linear(2, 1)
+    norm = Optimizer("main", OptimSection(lr=1.0, clip_grad_norm=1.0), named(model), [], 1).clip()
+    assert (norm.device.type, norm.shape) == ("meta", ())
+    assert Optimizer("main", OptimSection(lr=1.0), named(nn.Linear(2, 1)), [], 1).clip() == 0
 
 
 def test_adamw_step_by_hand():
@@ -77,8 +88,67 @@ def test_timm_optimizers_by_name():
     model = nn.Linear(2, 2)
     optimizer = Optimizer("main", OptimSection(type="lamb", lr=0.1), named(model), [], 1)
     assert type(optimizer.optimizer).__name__ == "Lamb"
-    with pytest.raises(ValueError, match=r"optim.type 'adamv' is unknown"):
-        Optimizer("main", OptimSection(type="adamv", lr=0.1), named(model), [], 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("adamw", {"betas": (0.9, 0.999), "eps": 1e-8}),
+        ("lamb", {"betas": (0.9, 0.999), "eps": 1e-6}),
+        ("lion", {"betas": (0.9, 0.99)}),
+        ("adan", {"betas": (0.98, 0.92, 0.99), "eps": 1e-8}),
+    ],
+)
+def test_an_optimizer_keeps_its_own_defaults_unless_the_recipe_sets_others(kind, own):
+    def groups(**options):
+        optimizer = Optimizer("main", OptimSection(type=kind, lr=0.1, **options), named(nn.Linear(2, 2)), [], 1)
+        return optimizer.optimizer.param_groups
+
+    betas = (0.5,) * len(own["betas"])
+    assert own.items() <= groups()[0].items()
+    assert [group["betas"] for group in groups(betas=betas)] == [betas] * 2
+
+
+def test_the_rate_that_an_optimizer_is_made_with_is_the_peak_of_the_total_batch():
+    section = OptimSection(type="adamc", base_lr=1e-3)  # adamc divides by it
+    optimizer = Optimizer("main", section, named(nn.Linear(2, 2)), [], total_batch_size=512)
+    assert optimizer.optimizer.param_groups[0]["max_lr_snapshot"] == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"type": "adamv"}, r"no optimizer type 'adamv' \(some are adamw, lamb, .*\), did you mean 'adam'\?"),
+        ({"type": "adahessian"}, "type 'adahessian' is not supported: it needs second derivatives"),
+        ({"type": "kron"}, "type 'kron' is not supported: .* cannot be resumed exactly"),
+        ({"type": "adan", "betas": [0.9, 0.99]}, r"'adan' takes 3 betas, got \(0.9, 0.99\)"),
+        ({"type": "lars", "betas": [0.9, 0.99]}, "'lars' takes no betas, got"),
+        ({"type": "lion", "eps": 1e-8}, "'lion' takes no eps, got 1e-08"),
+        ({"options": {"mometum": 0.9}}, "'adamw' cannot be made: TypeError: .*'mometum'"),
+        ({"type": "lamb", "options": {"mometum": 0.9}}, "'lamb' cannot be made: TypeError: .*'mometum'"),
+        ({"type": "sgd", "options": {"momentum": -1}}, "'sgd' cannot be made: ValueError: Invalid momentum value"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_made_says_why(options, text):
+    with pytest.raises(ValueError, match=text):
+        Optimizer("main", OptimSection(lr=0.1, **options), named(nn.Linear(2, 2)), [], 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"options": {"weight_decay": 0.1}},
+            "'weight_decay' is a key of this section; write it here and not in 'options'",
+        ),
+        ({"shape": "constant", "min_lr": 1e-6}, "a constant schedule takes no 'min_lr'"),
+        ({"weight_decay": {"from": 0.1, "to": -0.1}}, "'weight_decay' must not be negative"),
+        ({"betas": [0.9, 1.0]}, "less than 1"),
+    ],
+)
+def test_a_section_that_contradicts_itself_is_refused(options, text):
+    with pytest.raises(ValidationError, match=text):
+        OptimSection(lr=0.1, **options)
 
 
 def test_every_parameter_needs_exactly_one_optimizer():
@@ -90,12 +160,14 @@ def test_every_parameter_needs_exactly_one_optimizer():
         assign({"b": masker}, named(model))
     with pytest.raises(ValueError, match=r"matches 2 optimizers \(a, c\)"):
         assign({"a": encoder, "b": masker, "c": OptimSection(lr=1)}, named(model))
-    with pytest.raises(ValueError, match="optimizer 'd' matches no trainable parameter"):
-        assign({"a": OptimSection(lr=1), "d": OptimSection(lr=1, parameters=["x"])}, named(model))
+    with pytest.raises(ValueError, match=r"matches no trainable parameter \(patterns: x, y\)"):
+        Optimizer("d", OptimSection(lr=1, parameters=["x", "y"]), [], [], 1)
 
 
 def test_layer_decay_of_a_transformer():
-    assert [transformer_layer_id(name, 4) for name in ("cls_token", "patch_embed.proj.bias", "blocks.0.x", "blocks.3.y")] == [0, 0, 1, 4]
+    assert [
+        transformer_layer_id(name, 4) for name in ("cls_token", "patch_embed.proj.bias", "blocks.0.x", "blocks.3.y")
+    ] == [0, 0, 1, 4]
     assert transformer_layer_id("fc_norm.weight", 4) == 5
     assert layer_decay_scale(0.5, 5, 5) == 1.0
     assert layer_decay_scale(0.5, 3, 5) == 0.25

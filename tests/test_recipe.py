@@ -137,6 +137,56 @@ BAD = {
         "phases: [{name: a, optimizers: [main, min]}]\ntrain:",
         "r.yaml:13:20: phases.0.optimizers: there is no optimizer 'min'; the recipe has 'main'",
     ),
+    "phase without optimizer": (
+        "train:",
+        "phases: [{name: a, optimizers: []}, {name: b, optimizers: [main]}]\ntrain:",
+        "r.yaml:13:20: phases.0.optimizers: must have at least 1 entries, got []",
+    ),
+    "phase twice": (
+        "train:",
+        "phases: [{name: a, optimizers: [main]}, {name: a, optimizers: [main]}]\ntrain:",
+        "r.yaml:13:42: phases.1.name: there is a phase 'a' already; give each its own name",
+    ),
+    "teacher of itself": (
+        "train:",
+        "teachers: {a: {copy: [encoder], momentum: 1, of_teacher: a}}\ntrain:",
+        "r.yaml:13:46: teachers.a.of_teacher: teacher 'a' must stand before 'a', which copies it",
+    ),
+    "teacher of a later one": (
+        "train:",
+        "teachers: {a: {copy: [encoder], momentum: 1, of_teacher: b}, b: {copy: [encoder], momentum: 1}}\ntrain:",
+        "r.yaml:13:46: teachers.a.of_teacher: teacher 'b' must stand before 'a', which copies it",
+    ),
+    "teacher of a frozen one": (
+        "train:",
+        "teachers: {b: {encoder: {type: timm, model: x}}, a: {copy: [encoder], momentum: 1, of_teacher: b}}\ntrain:",
+        "r.yaml:13:84: teachers.a.of_teacher: teacher 'b' is frozen, not a copy; give 'a' its own 'encoder'",
+    ),
+    "teacher of another part": (
+        "train:",
+        "teachers: {b: {copy: [encoder], momentum: 1}, a: {copy: [masker], momentum: 1, of_teacher: b}}\ntrain:",
+        "r.yaml:13:51: teachers.a.copy: teacher 'b' holds no copy of 'masker'",
+    ),
+    "momentum": (
+        "train:",
+        "teachers: {a: {copy: [encoder], momentum: {from: 0.9, to: 1.1}}}\ntrain:",
+        "r.yaml:13:12: teachers.a: 'momentum' must stay between 0 and 1, got 0.9 to 1.1",
+    ),
+    "plain momentum": (
+        "train:",
+        "teachers: {a: {copy: [encoder], momentum: -0.5}}\ntrain:",
+        "r.yaml:13:12: teachers.a: 'momentum' must stay between 0 and 1, got -0.5",
+    ),
+    "copy of nothing": (
+        "train:",
+        "teachers: {a: {copy: [''], momentum: 1}}\ntrain:",
+        "r.yaml:13:23: teachers.a.copy.0: must have at least 1 characters, got ''",
+    ),
+    "option of the section": (
+        "lr: 1e-3",
+        "lr: 1e-3\n  options: {betas: [0.9, 0.9]}",
+        "r.yaml:11:1: optim: 'betas' is a key of this section; write it here and not in 'options'",
+    ),
     "component": ("type: random", "type: randon", "r.yaml:4:10: masker.type: no masker 'randon' is installed, did you"),
     "bare component": ("loss: mse", "loss: mze", "r.yaml:10:1: loss: no loss 'mze' is installed, did you mean 'mse'?"),
     "other kind": ("loss: mse", "loss: pixels", "r.yaml:10:1: loss: 'pixels' is a component of kind target, not loss."),
@@ -212,6 +262,20 @@ def test_heads_teachers_and_phases_are_checked_in_depth(write):
     assert recipe.phase_names() == ["p", "q"]
     assert recipe.teachers["t"].encoder.options["pretrained"] is False
     assert load_recipe(write(dump_recipe(recipe)), registry=REGISTRY) == recipe
+
+
+def test_an_optimizer_that_no_phase_steps_is_refused(write):
+    text = replaced("optim:\n  lr: 1e-3\n", "optimizers: {one: {lr: 1}, two: {lr: 1}, three: {lr: 1}}\n")
+    assert problems(write(text + "phases: [{name: p, optimizers: [two]}]\n")) == [
+        "r.yaml:15:1: phases: no phase steps optimizer 'one' and 'three'; its parameters would never change"
+    ]
+
+
+def test_a_warm_up_that_lasts_the_whole_run_is_doubted(write):
+    recipe = load_recipe(write(GOOD), ["optim.warmup_epochs=2"], REGISTRY)
+    assert recipe.doubts(epochs=2.5) == []
+    [doubt] = recipe.doubts(epochs=2.0)
+    assert doubt.startswith("the warm-up of optimizer 'main', 2 epochs, is no shorter than the run of 2: the learning")
 
 
 def test_overrides_change_values_slots_and_lists(write):

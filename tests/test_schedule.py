@@ -7,7 +7,7 @@ import math
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from mim_framework.schedule import Curve, Schedule, value_at
+from mim_framework.schedule import Curve, Schedule, extremes, value_at
 
 
 def test_a_plain_number_is_constant():
@@ -46,3 +46,17 @@ def test_recipes_write_from_and_to():
     assert schedule.validate_python(0.5) == 0.5
     with pytest.raises(ValidationError, match="needs 'to'"):
         schedule.validate_python({"shape": "cosine", "from": 1})
+
+
+def test_a_schedule_that_does_not_move_takes_no_end():
+    for shape in ("constant", "step"):
+        with pytest.raises(ValidationError, match=f"a {shape} schedule takes no 'to'; use shape cosine or linear"):
+            Curve(shape=shape, start=1.0, end=0.0)
+
+
+def test_extremes_are_the_turning_points():
+    assert extremes(0.5) == (0.5,)
+    assert extremes(Curve(start=0.9, end=1.0)) == (0.9, 1.0)
+    assert extremes(Curve(start=0.9, end=1.0, warmup_epochs=1, warmup_from=-1)) == (-1, 0.9, 1.0)
+    assert extremes(Curve(shape="step", start=1.0, gamma=2.0, milestones=(1, 2))) == (1.0, 4.0)
+    assert extremes(Curve(shape="constant", start=1.0)) == (1.0, 1.0)

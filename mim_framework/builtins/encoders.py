@@ -39,10 +39,18 @@ class TimmEncoder(Encoder):
         if not timm.is_model(self.config.model):
             close = timm.list_models(f"*{self.config.model.split('_')[0]}*")[:5]
             raise ValueError(f"timm knows no model '{self.config.model}'; for example {', '.join(close)}")
-        try:  # vision transformers take the image size, convolutional networks do not
-            self.model = timm.create_model(self.config.model, img_size=view.img_size, **options)
-        except TypeError:
-            self.model = timm.create_model(self.config.model, **options)
+        try:
+            try:  # vision transformers take the image size, convolutional networks do not
+                self.model = timm.create_model(self.config.model, img_size=view.img_size, **options)
+            except TypeError:
+                self.model = timm.create_model(self.config.model, **options)
+        except Exception as error:  # of whichever library downloads
+            if not self.config.pretrained:
+                raise
+            raise ValueError(
+                f"timm cannot load the weights of '{self.config.model}' ({type(error).__name__}: {error}); "
+                "fill its cache where there is internet and set HF_HOME to it, or use pretrained=false"
+            ) from error
         stride = self.model.feature_info[-1]["reduction"]
         grid = Grid(tuple(size // stride for size in view.img_size))
         self.num_prefix_tokens = getattr(self.model, "num_prefix_tokens", 0)

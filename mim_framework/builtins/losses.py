@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 from mim_framework.components import Loss
 from mim_framework.config import Section
@@ -52,7 +52,7 @@ class MSELoss(PositionLoss):
     name = "mse"
 
     def per_position(self, values: Tensor, wanted: Tensor) -> Tensor:
-        return (values - wanted.float()).square().mean(-1)
+        return mse_loss(values, wanted.float(), reduction="none").mean(-1)
 
 
 class L1Loss(PositionLoss):

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -34,6 +35,8 @@ TOLERATED_BROKEN = 10
 """So many broken images are accepted whatever their share, so that a run does not stop at its first batch."""
 MAX_REPLACEMENTS = 16
 """So many samples in a row may be broken before a position is given up."""
+SIGNAL_SECONDS = 10.0
+"""A worker takes SIGTERM for one to the whole job until so many seconds after the first."""
 
 
 class DataSection(Section):
@@ -184,7 +187,9 @@ class Loader:
                 request, views, broken = read
                 self._record(request, broken, complete=views is not None)
                 views = {name: view.to(self.device, non_blocking=True) for name, view in views.items()}
-                positions = torch.tensor(request.positions, device=self.device)
+                # Made on the device: a copy of a list would wait for it.
+                first, last = request.positions[0], request.positions[-1]
+                positions = torch.arange(first, last + 1, device=self.device)
                 self.wait_seconds += time.perf_counter() - asked
                 yield Batch(views, positions, request.step, request.micro, broken)
         finally:
@@ -205,6 +210,7 @@ class Loader:
         self.broken_counts.update(sample.cause for sample in broken)
         self._first_broken = (self._first_broken + broken)[:3]
         if self._broken_list is not None:
+            self._broken_list.parent.mkdir(parents=True, exist_ok=True)  # on a machine that does not share the folder
             with open(self._broken_list, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(sample)) + "\n" for sample in broken)
         if self._on_broken is not None:
@@ -321,7 +327,7 @@ def _prefetch(
     pin_memory: bool = False,
 ) -> Iterator[Any]:
     """`reader[request]` for every request, in order, read ahead by `workers` processes."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _signals_held_back():
         # torchdata 0.11 calls this on every construction; torch has deprecated it
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
         # Python 3.12 warns of a fork beside other threads; the workers use no lock that torch's threads could hold
@@ -336,7 +342,7 @@ def _prefetch(
                 prefetch_factor=prefetch_factor if workers else None,
                 multiprocessing_context=_context(remote) if workers else None,
                 pin_memory=pin_memory,
-                worker_init_fn=_outlive_the_first_signal,
+                worker_init_fn=_outlive_the_signals_to_the_job,
                 generator=torch.Generator(),  # it draws a seed that nothing uses: leave the global generator alone
                 snapshot_every_n_steps=None,
             )
@@ -350,11 +356,38 @@ def _context(remote: bool) -> multiprocessing.context.BaseContext:
     return multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 
 
-def _outlive_the_first_signal(worker: int) -> None:
-    """A signal to the whole process group (Ctrl-C, a scheduler's SIGTERM) is for the training process, which may still
-    want batches until it has saved a checkpoint; a second SIGTERM is meant for this worker."""
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Workers, and a fork server, start with the signals blocked: none can end one before it has its handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_TO_THE_JOB)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_SIGNALS_TO_THE_JOB = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def _outlive_the_signals_to_the_job(worker: int) -> None:
+    """Ctrl-C and a scheduler's signals reach every process of a job, SIGTERM often twice, as a launcher passes it on.
+
+    They are for the training process, which still wants batches until it has saved. A later SIGTERM is for the worker.
+    """
+    first: float | None = None
+
+    def on_sigterm(number: int, frame: Any) -> None:
+        nonlocal first
+        now = time.monotonic()
+        first = now if first is None else first
+        if now - first > SIGNAL_SECONDS:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, on_sigterm)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS_TO_THE_JOB)
 
 
 def _unchanged(batch: Any) -> Any:

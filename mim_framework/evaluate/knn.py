@@ -6,6 +6,7 @@ Start at `knn_predict`; `online_knn` is what a run calls.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import ceil
 from typing import Literal
 
 import torch
@@ -17,9 +18,10 @@ from mim_framework import rng
 from mim_framework.components import Encoder, Source, ViewBuilder
 from mim_framework.config import Section
 from mim_framework.data.loader import evaluation_batches
-from mim_framework.errors import DataError, MimError
+from mim_framework.distributed import World
+from mim_framework.errors import DataError
 from mim_framework.evaluate import evaluation_mode
-from mim_framework.records import Mask
+from mim_framework.records import EncoderSpec, Mask
 
 MAX_RAW_SIDE = 32
 """Raw pixels are compared at this size at most, as larger images would not fit into memory."""
@@ -77,14 +79,17 @@ Extract = Callable[[Tensor], Tensor]
 """Prepared view (B, C, H, W) -> features (B, D)."""
 
 
-def pooled_tokens(encoder: Encoder, pool: Literal["mean", "cls"] = "mean") -> Extract:
-    """The encoder's feature of an image of which nothing is hidden.
-
-    Raises:
-        MimError: if the class token is wanted of an encoder that has none.
+def check_pool(spec: EncoderSpec, section: KNNSection) -> None:
     """
-    if pool == "cls" and not encoder.spec.num_prefix_tokens:
-        raise MimError(f"evaluate.knn.pool is 'cls', but encoder '{encoder.name}' has no class token; use pool=mean")
+    Raises:
+        ValueError: if the class token is wanted of an encoder that has none.
+    """
+    if section.pool == "cls" and not spec.num_prefix_tokens:
+        raise ValueError("pool is 'cls', but the encoder has no class token; use evaluate.knn.pool=mean")
+
+
+def pooled_tokens(encoder: Encoder, pool: Literal["mean", "cls"] = "mean") -> Extract:
+    """The encoder's feature of an image of which nothing is hidden."""
 
     def extract(view: Tensor) -> Tensor:
         latent = encoder(view, Mask.none(len(view), encoder.spec.grid, view.device))
@@ -114,26 +119,45 @@ def features(
     device: torch.device,
     limit: int | None = None,
     workers: int = 0,
+    world: World = World(),
 ) -> tuple[Tensor, Tensor]:
     """The features (n, D) float32 and labels (n,) int64 of a source's labelled images, on the device.
 
     Args:
         limit: of more images than this, a random choice that is the same each time.
         workers: processes that read images.
+        world: the ranks that share the work; each gets all features. They make the same number of forward passes.
 
     Raises:
         DataError: if no image has a label.
     """
     chosen = rng.permutation(0, "evaluation", len(source))[:limit].sort().values.tolist()
+    per_rank = ceil(len(chosen) / world.size)
+    own = chosen[world.rank :: world.size]
     found = []
-    for batch, labels in evaluation_batches(source, views, batch_size, indices=chosen, workers=workers):
+    for batch, labels in evaluation_batches(source, views, batch_size, indices=own, workers=workers):
         on_device = {name: view.to(device, non_blocking=True) for name, view in batch.items()}
         found.append((extract(views.prepare(None, on_device)["x"]).float(), labels.to(device)))
-    x, y = (torch.cat(column) for column in zip(*found, strict=True)) if found else (None, torch.empty(0))
+    while len(found) < max(1, ceil(per_rank / batch_size)):  # broken images, or none left for this rank
+        example = views.prepare(None, {"x": views.example(1)["x"].to(device)})["x"]
+        found.append((extract(example).float(), torch.full((1,), -1, device=device)))
+    x, y = (torch.cat(column) for column in zip(*found, strict=True))
+    if world.size > 1:
+        x, y = _gather_in_turn(x[y >= 0], y[y >= 0], per_rank, world)
     labelled = y >= 0
-    if x is None or not bool(labelled.any()):
+    if not bool(labelled.any()):
         raise DataError(f"kNN needs labelled images, source '{source.name}' has none that can be read")
     return x[labelled], y[labelled]
+
+
+def _gather_in_turn(x: Tensor, y: Tensor, per_rank: int, world: World) -> tuple[Tensor, Tensor]:
+    """x (n, D), y (n,) of every rank -> all rows, dealt as indices were; a label of -1 where a rank had no more."""
+    padding = per_rank - len(x)
+    x = torch.cat([x, x.new_zeros(padding, x.shape[1])])
+    y = torch.cat([y, y.new_full((padding,), -1)])
+    return tuple(
+        world.gather(rows).unflatten(0, (world.size, per_rank)).transpose(0, 1).flatten(0, 1) for rows in (x, y)
+    )
 
 
 def knn_top1(
@@ -144,21 +168,22 @@ def knn_top1(
     device: torch.device,
     *,
     workers: int = 0,
+    world: World = World(),
 ) -> float:
     """Share of the test images that their neighbours among the training images classify rightly.
 
     Args:
         sources: (train, test), as `Source.evaluation_sources` gives them.
+        world: the ranks that share the reading and the forward passes; each returns the same number.
     """
-    (train_x, train_y), (test_x, test_y) = (
-        features(extract, views, source, batch_size=section.batch_size, device=device, limit=limit, workers=workers)
-        for source, limit in zip(sources, (section.max_train, section.max_test), strict=True)
-    )
+    options = {"batch_size": section.batch_size, "device": device, "workers": workers, "world": world}
+    train_x, train_y = features(extract, views, sources[0], limit=section.max_train, **options)
+    test_x, test_y = features(extract, views, sources[1], limit=section.max_test, **options)
     num_classes = int(train_y.max()) + 1
     predicted = knn_predict(
         train_x, train_y, test_x, k=section.k, temperature=section.temperature, num_classes=num_classes
     )
-    return float((predicted == test_y).double().mean())
+    return int((predicted == test_y).sum()) / len(test_y)
 
 
 def online_knn(
@@ -169,7 +194,14 @@ def online_knn(
     device: torch.device,
     *,
     workers: int = 0,
+    world: World = World(),
 ) -> float:
-    """`knn_top1` of an encoder, which is left in the mode in which it was."""
+    """`knn_top1` of an encoder, which is left in the mode in which it was.
+
+    Raises:
+        ValueError: if `section.pool` wants the class token of an encoder that has none.
+    """
+    check_pool(encoder.spec, section)
+    extract = pooled_tokens(encoder, section.pool)
     with evaluation_mode(encoder):
-        return knn_top1(pooled_tokens(encoder, section.pool), views, sources, section, device, workers=workers)
+        return knn_top1(extract, views, sources, section, device, workers=workers, world=world)

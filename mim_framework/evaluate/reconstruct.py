@@ -15,6 +15,7 @@ from mim_framework.components import Objective, ViewBuilder
 from mim_framework.data.loader import evaluation_batches
 from mim_framework.errors import DataError, MimError
 from mim_framework.evaluate import evaluation_mode
+from mim_framework.objective import MaskedPrediction
 from mim_framework.records import Pred, Sample, Step
 from mim_framework.report import mask_image, reconstruction_picture
 
@@ -27,17 +28,21 @@ Row = tuple[Tensor, Tensor, Tensor]
 
 
 def reconstruct(objective: Objective, views: ViewBuilder, step: Step, batch: dict[str, Tensor]) -> list[Row] | None:
-    """What the first head that predicts pixels makes of a batch; None if the objective has no such head.
+    """What the first head that predicts pixels makes of a batch; None if there is none, or no one mask of each image.
 
     Args:
         step: gives the masks; `step.positions` has one entry per image.
         batch: evaluation views before `prepare`, on the device.
     """
-    if not all(hasattr(objective, part) for part in ("masker", "encoder", "heads", "ask")):
+    if not isinstance(objective, MaskedPrediction):
         return None  # an order of its own, with parts that we do not know
+    if not set(objective.masker.spec.views) <= batch.keys():
+        return None  # the evaluation view is "x" alone
     with evaluation_mode(objective):
         masked = objective.masker(step, views.prepare(step, batch))
         mask, clean = masked.masks["x"], masked.clean("x")
+        if len(mask.hidden) != len(clean):
+            return None  # several masks of an image
         latent = objective.encoder(masked.views["x"], mask, objective.ask)
         for head in objective.heads.values():
             pred = head.decoder(latent, mask)
@@ -100,7 +105,7 @@ def reconstruct_run(
         if rows is None:
             heads = getattr(run.objective, "heads", {})
             targets = ", ".join(f"'{head.target.name}'" for head in heads.values()) or "of its own"
-            raise MimError(f"{run_dir} has no picture to show: its target {targets} predicts no pixels")
+            raise MimError(f"{run_dir} has no picture to show: its target {targets} predicts no pixels of an image")
         target = _unused(output / f"{path.stem}.png", written)
         try:
             output.mkdir(parents=True, exist_ok=True)

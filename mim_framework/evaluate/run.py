@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mim_framework.build import load_run
-from mim_framework.errors import DataError
+from mim_framework.errors import DataError, MimError
 from mim_framework.evaluate.knn import KNNSection, knn_top1, online_knn, raw_pixels
 from mim_framework.plugins import Registry
 
@@ -25,9 +25,14 @@ def evaluate_run(
 
     Raises:
         DataError: if the run's source has no labelled images.
+        MimError: if the run's objective has no encoder.
         CheckpointError: if there is no whole checkpoint.
     """
     run = load_run(run_dir, checkpoint=checkpoint, registry=registry)
+    if not hasattr(run.objective, "encoder"):
+        raise MimError(
+            f"{run_dir}: objective '{run.objective.name}' keeps no part named 'encoder' that kNN could judge"
+        )
     sources = run.source.evaluation_sources()
     if sources is None:
         raise DataError(

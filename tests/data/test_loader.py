@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
+import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from pydantic import ValidationError
 from mim_framework import rng
 from mim_framework.components import Source
 from mim_framework.config import Choice
+from mim_framework.data import loader as loader_module
 from mim_framework.data.decode import BrokenImage
 from mim_framework.data.loader import (
     TOLERATED_BROKEN,
@@ -159,13 +162,47 @@ def test_a_loader_that_is_left_early_leaves_no_process():
     assert multiprocessing.active_children() == []
 
 
-def test_a_worker_outlives_the_first_signal_to_the_process_group():
+def test_a_worker_outlives_the_signals_to_the_whole_job():
     batches = iter(make_loader(workers=1))
     next(batches)
     (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGINT)
-    os.kill(worker.pid, signal.SIGTERM)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM):
+        os.kill(worker.pid, number)
+        time.sleep(0.02)  # pending ones of a kind would count as one
     assert len(list(batches)) == 11
+
+
+def test_a_worker_takes_a_late_sigterm_for_itself(monkeypatch):
+    monkeypatch.setattr(loader_module, "SIGNAL_SECONDS", 0.05)
+    batches = iter(make_loader(workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(0.1)
+    assert worker.is_alive()
+    with suppress(RuntimeError):  # torch's own SIGCHLD handler may raise here
+        for _ in range(100):
+            if worker.is_alive():
+                os.kill(worker.pid, signal.SIGTERM)
+            worker.join(0.1)
+    worker.join(5)
+    assert worker.exitcode == -signal.SIGTERM
+
+
+def test_a_signal_while_the_workers_start_is_for_the_training_process():
+    told = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        with loader_module._signals_held_back():
+            os.kill(os.getpid(), signal.SIGTERM)
+            child = multiprocessing.get_context("fork").Process(target=lambda: os.kill(os.getpid(), signal.SIGTERM))
+            child.start()
+            child.join()
+            assert told == []
+        assert told == [signal.SIGTERM]
+        assert child.exitcode == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow

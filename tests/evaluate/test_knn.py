@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mim_framework import rng
 from mim_framework.build import load_run
+from mim_framework.distributed import World
 from mim_framework.errors import DataError, MimError
 from mim_framework.evaluate import knn
 from mim_framework.evaluate.knn import (
     KNNSection,
+    check_pool,
     features,
     knn_predict,
     knn_top1,
@@ -22,6 +25,7 @@ from mim_framework.evaluate.knn import (
 )
 from mim_framework.evaluate.run import evaluate_run
 from mim_framework.records import Sample
+from mim_framework.testing import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -129,10 +133,18 @@ def test_raw_pixels_are_those_of_the_image_averaged_down_if_they_are_many(run):
 
 
 def test_a_class_token_that_is_not_there_is_a_clear_error(run):
-    encoder = run.objective.encoder
-    encoder.spec = type(encoder.spec)(dim=48, grid=encoder.spec.grid, stride=4, depth=1, num_heads=1)
-    with pytest.raises(MimError, match="pool is 'cls', but encoder 'patches' has no class token; use pool=mean"):
-        pooled_tokens(encoder, "cls")
+    section, encoder = KNNSection(pool="cls"), run.objective.encoder
+    check_pool(encoder.spec, section)
+    encoder.spec = replace(encoder.spec, num_prefix_tokens=0)
+    check_pool(encoder.spec, KNNSection(pool="mean"))
+    for check in (
+        lambda: check_pool(encoder.spec, section),
+        lambda: online_knn(encoder, run.views, run.source.evaluation_sources(), section, CPU),
+    ):
+        with pytest.raises(
+            ValueError, match="pool is 'cls', but the encoder has no class token; use evaluate.knn.pool="
+        ):
+            check()
 
 
 def test_the_encoder_is_left_in_the_mode_in_which_it_was(run):
@@ -152,6 +164,57 @@ def test_a_class_that_only_the_test_images_have_is_never_right(run):
     assert knn_top1(raw_pixels(run.views), run.views, (without_red, test), KNNSection(k=1), CPU) == pytest.approx(4 / 6)
 
 
+@pytest.mark.parametrize("broken", [[], [4], [1, 3, 5, 7]])
+@pytest.mark.parametrize("batch_size", [2, 100])
+def test_ranks_share_the_reading_and_get_the_features_of_one(run, tmp_path, broken, batch_size):
+    """9 images: rank 1 has one fewer, and with batches of 2 one batch fewer; all of its images may be broken."""
+    paths = sorted((tmp_path / "train").rglob("*.png"))
+    for index in broken:
+        paths[index].write_bytes(b"")
+    encoder = run.objective.encoder.eval()
+
+    def extracted(world: World):
+        passes, read = [], []
+        original, extract = run.source.read, pooled_tokens(encoder)
+        run.source.read = lambda index: (read.append(index), original(index))[1]
+        x, y = features(
+            lambda view: (passes.append(1), extract(view))[1],
+            run.views, run.source, batch_size=batch_size, device=CPU, world=world,
+        )  # fmt: skip
+        run.source.read = original
+        return x, y, read, len(passes)
+
+    x, y, read, _ = extracted(World())
+    assert read == list(range(9))
+    ranks = run_ranks(lambda rank: extracted(World(rank, 2, rank)))
+    assert [each[2] for each in ranks] == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
+    assert ranks[0][3] == ranks[1][3]  # or a sharded encoder would wait for ever
+    for x_of_rank, y_of_rank, *_ in ranks:
+        if not broken:
+            assert torch.equal(x_of_rank, x)
+            assert torch.equal(y_of_rank, y)
+        assert torch.equal(x_of_rank.sum(1).sort().values, x.sum(1).sort().values)
+        assert torch.equal(y_of_rank.sort().values, y.sort().values)
+
+
+def test_online_knn_is_the_same_on_two_ranks_as_on_one(run):
+    def top1(world: World) -> float:
+        sources = run.source.evaluation_sources()
+        return online_knn(run.objective.encoder, run.views, sources, KNNSection(k=3, batch_size=2), CPU, world=world)
+
+    alone = top1(World())
+    assert run_ranks(lambda rank: top1(World(rank, 2, rank))) == [alone] * 2
+    assert alone == 1.0
+
+
+def test_nothing_is_computed_in_float64_which_not_every_device_has(run, monkeypatch):
+    def refused(tensor):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    monkeypatch.setattr(torch.Tensor, "double", refused)
+    assert knn_top1(raw_pixels(run.views), run.views, run.source.evaluation_sources(), KNNSection(k=1), CPU) == 1.0
+
+
 # --- a whole run -----------------------------------------------------------------------------------------------------
 
 
@@ -166,3 +229,16 @@ def test_a_run_is_compared_with_raw_pixels_and_its_untrained_encoder(make_run, r
 def test_a_run_without_labels_is_told_how_to_have_them(make_run, registry):
     with pytest.raises(DataError, match=r"source 'folder' of .*colours has none\. A folder has them with data.source"):
         evaluate_run(make_run(labels=False), registry=registry)
+
+
+def test_a_run_whose_objective_keeps_no_encoder_is_refused(make_run, registry, monkeypatch):
+    def without_encoder(*arguments, **options):
+        run = load_run(*arguments, **options)
+        del run.objective.encoder
+        return run
+
+    monkeypatch.setattr("mim_framework.evaluate.run.load_run", without_encoder)
+    with pytest.raises(
+        MimError, match="objective 'masked_prediction' keeps no part named 'encoder' that kNN could judge"
+    ):
+        evaluate_run(make_run(), registry=registry)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from mim_framework.build import load_run, make_step
 from mim_framework.errors import DataError, MimError
@@ -107,13 +110,27 @@ def test_a_broken_image_leaves_the_fixed_picture_one_row_shorter(make_run, regis
     assert draw_fixed(run.objective, as_run(run)).height == CAPTION_HEIGHT + GAP + 2 * (96 + GAP)
 
 
-@pytest.mark.parametrize("reason", ["no images wanted", "no pixels predicted", "another order of the step"])
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "no images wanted",
+        "no pixels predicted",
+        "another order of the step",
+        "another view",
+        "several masks of an image",
+    ],
+)
 def test_there_is_no_fixed_picture_where_there_is_nothing_to_show(make_run, registry, as_run, reason):
     run = load_run(make_run(target="edges" if reason == "no pixels predicted" else "pixels"), registry=registry)
-    if reason == "another order of the step":
-        del run.objective.masker
+    step_of = partial(make_step, run.recipe)
+    objective = nn.Identity() if reason == "another order of the step" else run.objective
+    if reason == "another view":
+        objective.masker.spec = replace(objective.masker.spec, views=("x", "half"))
+    if reason == "several masks of an image":
+        masked = objective.masker.forward
+        objective.masker.forward = lambda step, views: masked(step_of(torch.arange(6)), views)
     stand_in = as_run(run)
     if reason == "no images wanted":
         log = run.recipe.log.model_copy(update={"num_images": 0})
         stand_in.recipe = run.recipe.model_copy(update={"log": log})
-    assert draw_fixed(run.objective, stand_in) is None
+    assert draw_fixed(objective, stand_in) is None
