@@ -61,9 +61,10 @@ class Specs:
             ValueError: if no view builder provides it.
         """
         if name not in self.views:
-            raise ValueError(f"no view '{name}'; the views of this recipe are {', '.join(sorted(self.views)) or 'none'}")
+            raise ValueError(
+                f"no view '{name}'; the views of this recipe are {', '.join(sorted(self.views)) or 'none'}"
+            )
         return self.views[name]
-
 
     def teacher(self, name: str) -> EncoderSpec:
         """The named teacher's encoder.
@@ -72,7 +73,9 @@ class Specs:
             ValueError: if the recipe has no such teacher.
         """
         if name not in self.teachers:
-            raise ValueError(f"no teacher '{name}'; the teachers of this recipe are {', '.join(sorted(self.teachers)) or 'none'}")
+            raise ValueError(
+                f"no teacher '{name}'; the teachers of this recipe are {', '.join(sorted(self.teachers)) or 'none'}"
+            )
         return self.teachers[name]
 
 
@@ -274,7 +277,9 @@ class ViewBuilder:
         """A made-up batch before `prepare`, for the preflight and benchmarks: uint8 noise of each view's shape."""
         positions = torch.arange(batch_size)
         return {
-            name: (rng.uniform(0, f"example {name}", positions, prod(spec.shape)) * 256).to(torch.uint8).reshape(-1, *spec.shape)
+            name: (rng.uniform(0, f"example {name}", positions, prod(spec.shape)) * 256)
+            .to(torch.uint8)
+            .reshape(-1, *spec.shape)
             for name, spec in self.specs.items()
         }
 
@@ -344,6 +349,5 @@ class CheckpointFormat:
 
 
 KINDS: dict[str, type] = {
-    cls.kind: cls
-    for cls in (Masker, Encoder, Target, Decoder, Loss, Objective, ViewBuilder, Source, CheckpointFormat)
+    cls.kind: cls for cls in (Masker, Encoder, Target, Decoder, Loss, Objective, ViewBuilder, Source, CheckpointFormat)
 }

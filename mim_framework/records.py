@@ -96,7 +96,9 @@ class Mask:
     def ids_shuffle(self) -> Tensor:
         """(B, N): visible positions first, then the hidden ones."""
         self._require_equal("ids_shuffle")
-        return self.hidden.to(torch.uint8).argsort(dim=1, stable=True) if self._ids_shuffle is None else self._ids_shuffle
+        return (
+            self.hidden.to(torch.uint8).argsort(dim=1, stable=True) if self._ids_shuffle is None else self._ids_shuffle
+        )
 
     @cached_property
     def ids_keep(self) -> Tensor:
@@ -166,13 +168,13 @@ class Mask:
             factor = prod(new // old for new, old in pairs)
             num_hidden = None if self.num_hidden is None else self.num_hidden * factor
             predict = None if self.predict is None else self._repeat(self.predict, grid)
-            return Mask(
-                self._repeat(self.hidden, grid), grid, predict, self.equal, self.shared, num_hidden
-            )
+            return Mask(self._repeat(self.hidden, grid), grid, predict, self.equal, self.shared, num_hidden)
         if all(old % new == 0 for new, old in pairs):
             hidden = self._cells(self.hidden, grid).all(-1)
             return Mask(hidden, grid, self._cells(self.where, grid).float().mean(-1), shared=self.shared)
-        raise ValueError(f"cannot resample a mask of grid {self.grid} to {grid}: one must divide the other on every axis")
+        raise ValueError(
+            f"cannot resample a mask of grid {self.grid} to {grid}: one must divide the other on every axis"
+        )
 
     def validate(self) -> None:
         """Check the promises `equal` and `shared` (reads the device).
@@ -233,9 +235,7 @@ class Ask:
     aux: frozenset[str] = frozenset()
 
     def __or__(self, other: Ask) -> Ask:
-        return Ask(
-            self.layers | other.layers, self.attn | other.attn, self.qkv | other.qkv, self.aux | other.aux
-        )
+        return Ask(self.layers | other.layers, self.attn | other.attn, self.qkv | other.qkv, self.aux | other.aux)
 
 
 @dataclass(frozen=True, eq=False)
@@ -375,7 +375,9 @@ class EncoderSpec:
 
     def lacks(self, ask: Ask) -> str:
         """What of `ask` this encoder cannot answer, in words; empty if it can answer all of it."""
-        wanted = {name: sorted(getattr(ask, name) - getattr(self.offers, name)) for name in ("layers", "attn", "qkv", "aux")}
+        wanted = {
+            name: sorted(getattr(ask, name) - getattr(self.offers, name)) for name in ("layers", "attn", "qkv", "aux")
+        }
         return ", ".join(f"{name} {missing}" for name, missing in wanted.items() if missing)
 
 

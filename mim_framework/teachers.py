@@ -40,7 +40,12 @@ class TeacherSection(Section):
     refresh_every: int | None = Field(None, gt=0)
     """Copy is replaced by its source every so many steps, instead of moving."""
 
-    model_config = {**Section.model_config, "validate_by_name": True, "validate_by_alias": True, "serialize_by_alias": True}
+    model_config = {
+        **Section.model_config,
+        "validate_by_name": True,
+        "validate_by_alias": True,
+        "serialize_by_alias": True,
+    }
 
     @model_validator(mode="after")
     def _one_kind(self) -> TeacherSection:

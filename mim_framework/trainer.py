@@ -70,6 +70,7 @@ class Trainer:
         self.objective, self.teachers = model.objective, model.teachers
         self.components = list(self.objective.components())
         self.evaluation_sources = source.evaluation_sources()
+        self.held_out = source if self.evaluation_sources is None else self.evaluation_sources[1]
         self.phases = recipe.named_phases()
         self.model = self._distribute()
         self.optimizers = build_optimizers(recipe, self.objective, layout.total_batch_size)
@@ -241,7 +242,7 @@ class Trainer:
 
     def _draw(self, done: int) -> None:
         with self.autocast, whole_weights(self.objective):
-            picture = draw_fixed(self.objective, run=self.run)
+            picture = draw_fixed(self.objective, self.run, self.held_out)
         if picture is not None and self.run.world.is_main:
             self.metrics.image("reconstructions", picture, done)
 

@@ -91,6 +91,7 @@ def test_run_under_a_launcher_starts_no_ranks(mim, calls, monkeypatch):
     calls("mim_framework.trainer", "train", Path("runs/tiny"))
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("mim_framework.cli.TELLING_SECONDS", 0.0)
     result = mim("run", "r.yaml", "--nproc-per-node", "2")
     assert len(calls.made) == 1
     assert result.output == ""

@@ -119,7 +119,7 @@ def test_a_launcher_that_sets_half_of_the_variables_is_told_the_rest(monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("MASTER_PORT", "29500")
-    wanted = "RANK and WORLD_SIZE are set, but MASTER_ADDR not. A launcher such as torchrun sets RANK, LOCAL_RANK, WORLD_SIZE"
+    wanted = "RANK and WORLD_SIZE are set, but MASTER_ADDR not. A launcher such as torchrun sets RANK, LOCAL_RANK"
     with pytest.raises(MimError, match=wanted), process_group("cpu"):
         pass
 

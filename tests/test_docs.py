@@ -13,7 +13,7 @@ from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("plugins/*/README.md"), *ROOT.glob("*/README.md"))]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("plugins/*/README.md"), *ROOT.glob("*/README.md")]
 PAGES = "\n".join(path.read_text() for path in DOCUMENTS)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mim_framework.distributed import free_port
+
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 TINY = ["train.epochs=null", "train.steps=2", "train.total_batch_size=4", "evaluate.knn=null", "log.tensorboard=false"]
@@ -20,9 +22,8 @@ TINY = ["train.epochs=null", "train.steps=2", "train.total_batch_size=4", "evalu
 
 def call(*command: object, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MIM_", "VIRTUAL_ENV"))}
-    result = subprocess.run(
-        [str(word) for word in command], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, timeout=300
-    )
+    words, environment = [str(word) for word in command], {**clean, **environment}
+    result = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
 
@@ -89,3 +90,19 @@ def test_torchrun_starts_the_same_run(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mim_framework"]
     call(*torchrun, "run", "quickstart", *TINY, cwd=tmp_path)
     assert (tmp_path / "runs/quickstart/checkpoints/step_00000002/manifest.json").exists()
+
+
+def test_two_machines_meet_at_an_address(tmp_path):
+    """Two launchers on this machine, as they would run on two."""
+    port = free_port()
+    mim = [sys.executable, "-m", "mim_framework", "run", "quickstart", *TINY, "--nproc-per-node", "1", "--nnodes", "2"]
+    options = ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+    nodes = [
+        subprocess.Popen([*mim, *options, "--node-rank", str(rank)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for node in nodes:
+        _, errors = node.communicate(timeout=240)
+        assert node.returncode == 0, errors
+    environment = json.loads((tmp_path / "runs/quickstart/environment.json").read_text())
+    assert environment["world_size"] == 2

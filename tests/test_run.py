@@ -194,7 +194,8 @@ def test_a_run_is_not_resumed_on_another_number_of_images(tmp_path, monkeypatch)
     run_dir = train_tiny(tmp_path, "data.source.type=fewer", registry=registry)
     num_images = checkpoint.find_latest(run_dir / "checkpoints").state["num_images"]
     monkeypatch.setattr(FewerDigits, "left_out", 10)
-    wanted = rf"data.source has changed since .*: {num_images} images -> {num_images - 10}\. .*name=\.\.\. init=.*step_00000002"
+    change = f"{num_images} images -> {num_images - 10}"
+    wanted = rf"data.source has changed since .*: {change}\. .*name=\.\.\. init=.*step_00000002"
     with pytest.raises(DataError, match=wanted):
         train_tiny(tmp_path, "data.source.type=fewer", registry=registry)
     told = train_tiny(tmp_path, "data.source.type=fewer", "name=other", f"init={run_dir}", registry=registry)

@@ -74,7 +74,8 @@ def recipe_at(folder: Path, *overrides: str, registry: RegistryWith | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"recipe_{os.getpid()}.yaml"  # ranks are processes
     file.write_text(yaml.safe_dump({**RECIPE, **changes}))
-    return load_recipe(file, [f"output_dir={folder}", *overrides], registry or RegistryWith(RecordingMasker, PoisonedLoss))
+    registry = registry or RegistryWith(RecordingMasker, PoisonedLoss)
+    return load_recipe(file, [f"output_dir={folder}", *overrides], registry)
 
 
 def run(folder: Path, *overrides: str, fresh: bool = False, registry: RegistryWith | None = None, **changes) -> Path:
@@ -132,7 +133,7 @@ def test_accumulation_and_ranks_give_the_same_losses_samples_crops_and_masks(tmp
 
 
 def test_a_total_batch_that_does_not_divide_is_refused_with_one_that_does(tmp_path):
-    with pytest.raises(RecipeError, match=r"8 images do not divide into train.batch_size 3 x 1 ranks; use 9, for example"):
+    with pytest.raises(RecipeError, match=r"8 images do not divide into train.batch_size 3 x 1 ranks; use 9"):
         run(tmp_path, "train.batch_size=3")
 
 

@@ -44,10 +44,14 @@ class RandomMasker(Masker):
             if any(size % cell for size in img_size):
                 raise ValueError(f"image size {img_size[0]}x{img_size[1]} is not a multiple of mask_patch_size {cell}")
             if cell % encoder.stride and encoder.stride % cell:
-                raise ValueError(f"mask_patch_size {cell} and the encoder's stride {encoder.stride} must divide one another")
+                raise ValueError(
+                    f"mask_patch_size {cell} and the encoder's stride {encoder.stride} must divide one another"
+                )
             grid = Grid((img_size[0] // cell, img_size[1] // cell))
         ratio, count = self.config.mask_ratio, grid.num_patches
-        self.num_keep = int(count * (1 - ratio)) if self.config.rounding == "keep_floor" else count - ceil(count * ratio)
+        self.num_keep = (
+            int(count * (1 - ratio)) if self.config.rounding == "keep_floor" else count - ceil(count * ratio)
+        )
         if self.num_keep < 1:
             raise ValueError(f"mask_ratio {ratio} leaves none of the {count} cells of {cell} pixels visible")
         if self.num_keep == count:

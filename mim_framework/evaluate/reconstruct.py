@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from mim_framework.build import load_run, make_step
-from mim_framework.components import Objective, ViewBuilder
+from mim_framework.components import Objective, Source, ViewBuilder
 from mim_framework.data.loader import evaluation_batches
 from mim_framework.errors import DataError, MimError
 from mim_framework.evaluate import evaluation_mode
@@ -59,14 +59,14 @@ def reconstruct(objective: Objective, views: ViewBuilder, step: Step, batch: dic
     ]
 
 
-def draw_fixed(objective: Objective, run: Run) -> Image.Image | None:
+def draw_fixed(objective: Objective, run: Run, source: Source) -> Image.Image | None:
     """A picture of the same images under the same masks whenever it is drawn; None if the method has no picture.
 
     The images are `log.num_images` ones, evenly spaced over the source, without the broken ones among them.
     """
-    count = min(run.recipe.log.num_images, len(run.source))
-    indices = [i * len(run.source) // count for i in range(count)]
-    batch, _ = next(evaluation_batches(run.source, run.model.views, max(1, count), indices=indices), ({}, None))
+    count = min(run.recipe.log.num_images, len(source))
+    indices = [i * len(source) // count for i in range(count)]
+    batch, _ = next(evaluation_batches(source, run.model.views, max(1, count), indices=indices), ({}, None))
     if not batch:
         return None
     on_device = {name: view.to(run.device) for name, view in batch.items()}

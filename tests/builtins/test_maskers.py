@@ -69,7 +69,10 @@ def test_coarse_cells_cover_whole_units():
     [
         ({"mask_patch_size": 24}, "image size 64x64 is not a multiple of mask_patch_size 24"),
         ({"mask_ratio": 0.99}, "mask_ratio 0.99 leaves none of the 16 cells"),
-        ({"mask_ratio": 0.01, "rounding": "keep_floor", "img_size": 32, "mask_patch_size": 32}, "leaves none of the 1 cells"),
+        (
+            {"mask_ratio": 0.01, "rounding": "keep_floor", "img_size": 32, "mask_patch_size": 32},
+            "leaves none of the 1 cells",
+        ),
     ],
 )
 def test_impossible_masks_are_refused(options, text):

@@ -43,7 +43,9 @@ def test_pixels_are_taken_at_hidden_positions_of_the_clean_view():
     masked = Masked({"x": mask_of([0, 1, 0, 1])}, {"x": mixed}, originals={"x": clean})
     target = pixels(norm=False)(step(), masked)
     assert torch.equal(target.values, patchify(clean, 4)[:, [1, 3]])
-    everything = pixels(norm=False)(step(), Masked({"x": mask_of([0, 1, 0, 1]).predicting(torch.ones(1, 4))}, {"x": clean}))
+    everything = pixels(norm=False)(
+        step(), Masked({"x": mask_of([0, 1, 0, 1]).predicting(torch.ones(1, 4))}, {"x": clean})
+    )
     assert everything.ids is None
     assert everything.values.shape == (1, 4, 48)
 

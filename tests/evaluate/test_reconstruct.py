@@ -97,8 +97,8 @@ def test_a_method_that_predicts_no_pixels_is_refused(make_run, registry, tmp_pat
 
 def test_the_fixed_picture_is_the_same_each_time_and_holds_images_from_all_over_the_source(make_run, registry, as_run):
     run = load_run(make_run(), registry=registry)
-    picture = draw_fixed(run.objective, as_run(run))
-    assert picture.tobytes() == draw_fixed(run.objective, as_run(run)).tobytes()
+    picture = draw_fixed(run.objective, as_run(run), run.source)
+    assert picture.tobytes() == draw_fixed(run.objective, as_run(run), run.source).tobytes()
     rows = [picture.getpixel((GAP, CAPTION_HEIGHT + GAP + row * (96 + GAP))) for row in range(3)]
     assert rows == [(0, 0, 100), (0, 100, 0), (100, 0, 0)]  # images 0, 3 and 6 of 9
 
@@ -107,7 +107,7 @@ def test_a_broken_image_leaves_the_fixed_picture_one_row_shorter(make_run, regis
     run_dir = make_run()
     (tmp_path / "train" / "green" / "100.png").write_bytes(b"")
     run = load_run(run_dir, registry=registry)
-    assert draw_fixed(run.objective, as_run(run)).height == CAPTION_HEIGHT + GAP + 2 * (96 + GAP)
+    assert draw_fixed(run.objective, as_run(run), run.source).height == CAPTION_HEIGHT + GAP + 2 * (96 + GAP)
 
 
 @pytest.mark.parametrize(
@@ -133,4 +133,4 @@ def test_there_is_no_fixed_picture_where_there_is_nothing_to_show(make_run, regi
     if reason == "no images wanted":
         log = run.recipe.log.model_copy(update={"num_images": 0})
         stand_in.recipe = run.recipe.model_copy(update={"log": log})
-    assert draw_fixed(objective, stand_in) is None
+    assert draw_fixed(objective, stand_in, stand_in.source) is None
