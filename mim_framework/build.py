@@ -1,7 +1,7 @@
 """From a validated recipe to a model: builds the components in order, checks that they fit, loads weights, preflights.
 
-Each builder publishes a spec and later ones read it, so that no dimension stands twice in a recipe. Everything that does not
-fit is an error that names both sides, before any data is read.
+Each builder publishes a spec and later ones read it, so that no dimension stands twice in a recipe. Everything that
+does not fit is an error that names both sides, before any data is read.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def build_model(recipe: Recipe, registry: Registry, *, with_weights: bool = True
     """Build everything but the data. Weights depend on the recipe's seed only.
 
     Args:
-        with_weights: read `init` and the checkpoints of frozen teachers; False leaves them at their random initial values.
+        with_weights: read `init` and the checkpoints of frozen teachers; False leaves them at their random values.
 
     Raises:
         RecipeError: naming the slots that do not fit.
@@ -168,7 +168,9 @@ class _Builder:
         loss: Loss = self.make("loss", where + "loss", section.loss, specs)
         sides = f"decoder '{decoder.name}' and target '{target.name}'"
         if lacking := encoder.spec.lacks(decoder.ask):
-            raise self.misfit(where + "decoder", f"decoder '{decoder.name}' asks for {lacking}, which encoder '{encoder.name}' lacks")
+            raise self.misfit(
+                where + "decoder", f"decoder '{decoder.name}' asks for {lacking}, which encoder '{encoder.name}' lacks"
+            )
         if target.spec.kind not in loss.accepts:
             accepted = ", ".join(sorted(loss.accepts))
             text = f"loss '{loss.name}' takes {accepted} targets, target '{target.name}' gives {target.spec.kind}"
@@ -320,7 +322,8 @@ def _some(names: list[str], limit: int = 5) -> str:
 def make_step(recipe: Recipe, positions: torch.Tensor, **changes: Any) -> Step:
     """A step outside of training, for preflights, evaluation and tests."""
     values: dict[str, Any] = {
-        "index": 0, "total": 1, "epoch": 0.0, "epochs": 1.0, "positions": positions, "seed": recipe.seed, "world": World(),
+        "index": 0, "total": 1, "epoch": 0.0, "epochs": 1.0,
+        "positions": positions, "seed": recipe.seed, "world": World(),
     }  # fmt: skip
     return Step(**{**values, **changes})
 
@@ -371,7 +374,7 @@ def preflight(model: Model, device: torch.device) -> dict[str, float]:
     idle = [name for name, p in objective.named_parameters() if p.requires_grad and name not in got_gradient]
     if idle:
         raise RecipeError(
-            f"{recipe.location('')}: trainable parameters that no loss reaches: {_some(idle)}. They would stop distributed "
-            "training; create them only if the recipe uses them, or set requires_grad=False"
+            f"{recipe.location('')}: trainable parameters that no loss reaches: {_some(idle)}. They would stop "
+            "distributed training; create them only if the recipe uses them, or set requires_grad=False"
         )
     return {name: loss.item() for name, loss in losses.items()}

@@ -134,7 +134,7 @@ class Component(nn.Module):
         """Called after the last backward and before the optimizer; `step` is that of the last micro-batch."""
 
     def after_step(self, step: Step) -> None:
-        """Called after a successful optimizer step, never after a skipped one; `step` is that of the last micro-batch."""
+        """Called after a successful optimizer step, never a skipped one; `step` is that of the last micro-batch."""
 
 
 class Masker(Component):

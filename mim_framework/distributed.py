@@ -59,10 +59,6 @@ class World:
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
     def share(self, value: T) -> T:
         """Rank 0's value, a small plain one, on every rank."""
         if self.size == 1:

@@ -6,8 +6,9 @@ A plugin is a module named by one entry point of the group `mim_framework`. It d
     def mim_maskers():
         return [SpiralMasker]
 
-Registration hooks return classes; a class carries its name, its `Config` and its documentation. Recipes are found in the
-folder `recipes/` beside the module, without importing it. pluggy is never called inside the arithmetic of a step.
+Registration hooks return classes; a class carries its name, its `Config` and its documentation. Recipes are found in
+the folder `recipes/` beside the module, without importing it. pluggy is never called inside the arithmetic of a step.
+An error in a function that listens to run events is reported once and does not end the run.
 """
 
 from __future__ import annotations

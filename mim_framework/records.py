@@ -48,7 +48,7 @@ class Mask:
     `predict` (B, N) bool or float weights; None = exactly the hidden positions.
     `equal` promises that every row hides the same number, `shared` that all rows are the same; both are checked by
     `validate()`, which the preflight and the contract tests call (it reads the device, a training step does not).
-    `num_hidden`: hidden positions per row of an `equal` mask, None for others. Give it: counting has to wait for the device.
+    `num_hidden`: hidden positions per row of an `equal` mask, None for others. Give it: counting waits for the device.
     Gather indices are derived here and cached, never stored by a masker as a second truth.
     """
 
@@ -65,7 +65,8 @@ class Mask:
             raise ValueError(f"Mask.hidden must be bool with True = hidden, got {self.hidden.dtype}")
         if self.hidden.ndim != 2 or self.hidden.shape[1] != self.grid.num_patches:
             raise ValueError(
-                f"Mask.hidden has shape {tuple(self.hidden.shape)}, the grid {self.grid} needs (B, {self.grid.num_patches})"
+                f"Mask.hidden has shape {tuple(self.hidden.shape)}, "
+                f"the grid {self.grid} needs (B, {self.grid.num_patches})"
             )
         if self.predict is not None and self.predict.shape != self.hidden.shape:
             raise ValueError(f"Mask.predict has shape {tuple(self.predict.shape)}, hidden {tuple(self.hidden.shape)}")
@@ -208,7 +209,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Masked:
-    """What a masker returns: masks per view, the views (rewritten or not), its own losses, and anything a target needs."""
+    """What a masker returns: masks per view, the views (rewritten or not), its own losses, what a target needs."""
 
     masks: dict[str, Mask]
     views: Views
@@ -243,7 +244,8 @@ class Latent:
     """What an encoder returns. `tokens` (B, n, D) never holds prefix tokens.
 
     `ids` (B, n): grid position of each token, None = every position in order. `prefix` (B, P, D): class and register
-    tokens. `layers[i]` (B, P + n, D): prefix first. `attn[i]` (B, heads, P + n, P + n). `qkv[i]` (3, B, heads, P + n, d).
+    tokens. `layers[i]` (B, P + n, D): prefix first. `attn[i]` (B, heads, P + n, P + n).
+    `qkv[i]` (3, B, heads, P + n, d).
     """
 
     tokens: Tensor
@@ -329,7 +331,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Sample:
-    """One item of a source: encoded bytes or anything a view builder understands, a name for messages, maybe a label."""
+    """One item of a source: bytes or anything a view builder understands, a name for messages, maybe a label."""
 
     data: Any
     name: str

@@ -1,7 +1,7 @@
 """Teachers: frozen networks and momentum copies, owned by the core so that no method can get them subtly wrong.
 
-A teacher is in eval mode whatever is called above it, has no gradients, and its buffers change only when the core copies
-them. A pass over a view is computed once per micro-batch, however many components ask for it. Copies move only after a
+A teacher is in eval mode whatever is called above it, has no gradients, and its buffers change only when the core
+copies them. A pass over a view is computed once per micro-batch, however many components ask for it. Copies move only after a
 successful optimizer step. A teacher never holds its source as a submodule.
 """
 
@@ -25,7 +25,7 @@ from mim_framework.schedule import Schedule, extremes
 
 
 class TeacherSection(Section):
-    """A frozen encoder (`encoder`, `checkpoint`) or a copy of parts of the model (`copy` and `momentum` or `refresh_every`)."""
+    """A frozen encoder (`encoder`, `checkpoint`), or a copied part (`copy` and `momentum` or `refresh_every`)."""
 
     encoder: Choice | None = None
     """A frozen encoder component."""

@@ -1,4 +1,4 @@
-"""Help for tests of plugins and of the core: several ranks on one machine in a fraction of a second, extra components."""
+"""Help for tests of plugins and of the core: several ranks in a fraction of a second, extra components."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mim_framework.plugins import Registry
 
 
 def run_ranks(function: Callable[[int], Any], world_size: int = 2, timeout: float = 120.0) -> list[Any]:
-    """Call `function(rank)` in `world_size` forked processes that share a gloo group; returns their results in rank order.
+    """Call `function(rank)` in forked processes that share a gloo group; returns their results in rank order.
 
     A fork takes 0.2 s where a spawn takes 7, but threads do not survive it: `torch.set_num_threads(1)` must have been
     called before any other use of torch, as the test suite's conftest does.
@@ -76,7 +76,7 @@ def _rank(function: Callable[[int], Any], rank: int, world_size: int, port: int,
 
 
 class RegistryWith(Registry):
-    """The installed plugins and some classes more, as if a plugin registered them; an extra one wins over its namesake."""
+    """The installed plugins and more classes, as if a plugin registered them; these win over their namesakes."""
 
     def __init__(self, *classes: type[Any]) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The training loop. Read `Trainer.train_step` and then `objective.py`: the two are one whole training step.
 
-Plugins hook in around the step, never inside it. Everything random follows from the sample positions, schedules are pure
-functions of the step, and a checkpoint holds the rest; so a resumed run goes on bit for bit.
+Plugins hook in around the step, never inside it. Everything random follows from the sample positions, schedules are
+pure functions of the step, and a checkpoint holds the rest; so a resumed run goes on bit for bit.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class Trainer:
                         losses = self.model(step, views)
                     loss = sum(losses.values())
                     (phase.sign * loss / accum_steps).backward()
-                history.append({"loss": loss.detach(), **{f"loss/{name}": part.detach() for name, part in losses.items()}})
+                history.append(
+                    {"loss": loss.detach(), **{f"loss/{name}": part.detach() for name, part in losses.items()}}
+                )
                 positions.append(batch.positions)
             for component in self.components:
                 component.before_step(step)
@@ -130,7 +132,9 @@ class Trainer:
                 for doubt in run.recipe.doubts(run.epochs):
                     self.progress.note(doubt)
                 for index in range(self.start, run.total_steps):
-                    micro_batches: Iterable[Batch] = islice(batches, run.layout.accum_steps)  # read while the device works
+                    micro_batches: Iterable[Batch] = islice(
+                        batches, run.layout.accum_steps
+                    )  # read while the device works
                     if len(self.phases) > 1:
                         micro_batches = list(micro_batches)
                     self._after_step(index + 1, self.train_step(index, micro_batches))
@@ -153,7 +157,7 @@ class Trainer:
     def _record_nonfinite(
         self, index: int, phase: str, positions_read: list[Tensor], history: list[dict[str, Tensor]]
     ) -> None:
-        """A line of nonfinite.jsonl: the sample positions of the micro-batches, on any rank, whose loss was not finite."""
+        """A line of nonfinite.jsonl: the samples of the micro-batches, on any rank, whose loss was not finite."""
         world = self.run.world
         losses = world.gather(torch.stack([entry["loss"].float() for entry in history]))
         positions = world.gather(torch.stack(positions_read))
@@ -171,7 +175,7 @@ class Trainer:
         position = torch.tensor([index * self.run.world.size + self.run.world.rank])
         return int(rng.random_bits(self.run.recipe.seed, "global generator", position, 1)) & (2**63 - 1)
 
-    # --- after a step; `done` counts the finished ones -----------------------------------------------------------------
+    # --- after a step; `done` counts the finished ones -------------------------------------------------------------
 
     def _after_step(self, done: int, measured: dict[str, float]) -> None:
         run, recipe = self.run, self.run.recipe
@@ -201,15 +205,19 @@ class Trainer:
         self.window["skipped_steps"] = self.window.get("skipped_steps", 0.0) + 1.0
         if self.nonfinite_in_a_row > self.run.recipe.train.max_nonfinite_steps:
             raise TrainingError(
-                f"the loss or its gradient was not finite in {self.nonfinite_in_a_row} steps in a row, up to step {done}; "
-                f"the samples are in {self.run.dir / 'nonfinite.jsonl'}. Lower the learning rate, set optim.clip_grad_norm or "
-                "use train.precision=float32. The last checkpoint is from before"
+                f"the loss or its gradient was not finite in {self.nonfinite_in_a_row} steps in a row, up to step "
+                f"{done}; the samples are in {self.run.dir / 'nonfinite.jsonl'}. Lower the learning rate, set "
+                "optim.clip_grad_norm or use train.precision=float32. The last checkpoint is from before"
             )
 
     def _log(self, done: int) -> None:
         run = self.run
         steps, skipped = self.window.pop("steps", 0.0), self.window.pop("skipped_steps", 0.0)
-        line = {"epoch": run.epoch(done), **{name: total / steps for name, total in self.window.items()}, **self._rates()}
+        line = {
+            "epoch": run.epoch(done),
+            **{name: total / steps for name, total in self.window.items()},
+            **self._rates(),
+        }
         self.window = {}
         if skipped:
             line["skipped_steps"] = skipped

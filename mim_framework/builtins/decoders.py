@@ -11,7 +11,7 @@ from mim_framework.records import Latent, Mask, Pred, PredSpec
 
 
 class LinearDecoder(Decoder):
-    """One linear layer on the encoder's tokens; needs an encoder that keeps a token at every position (SimMIM, BEiT)."""
+    """One linear layer on the encoder's tokens, of which there must be one at every position (SimMIM, BEiT)."""
 
     name = "linear"
 

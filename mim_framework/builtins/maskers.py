@@ -14,7 +14,7 @@ from mim_framework.records import Grid, Mask, Masked, MaskerSpec, Step, Views
 
 
 def mask_from_noise(noise: Tensor, num_keep: int, grid: Grid) -> Mask:
-    """noise (B, N): in every row the `num_keep` smallest stay visible, in ascending order of noise (MAE, appendix A.1)."""
+    """noise (B, N): in every row the `num_keep` smallest stay visible, in ascending order (MAE, appendix A.1)."""
     return Mask.from_shuffle(noise.argsort(dim=1, stable=True), num_keep, grid)
 
 
@@ -29,7 +29,7 @@ class RandomMasker(Masker):
         mask_patch_size: int | None = Field(None, gt=0)
         """Side of a mask cell in pixels; the encoder's token by default. SimMIM uses 32."""
         rounding: Literal["keep_floor", "hide_ceil"] = "keep_floor"
-        """Number hidden when the ratio is no whole number: MAE rounds the visible count down, SimMIM the hidden one up."""
+        """When the ratio gives no whole number: MAE rounds the visible count down, SimMIM the hidden one up."""
         shared: bool = False
         """One mask for the whole micro-batch instead of one per image."""
 

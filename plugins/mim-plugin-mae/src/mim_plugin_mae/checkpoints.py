@@ -44,9 +44,7 @@ class OfficialCheckpoint(CheckpointFormat):
 
     def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         decoder = ("mask_token", "decoder_")
-        return {
-            (DECODER if name.startswith(decoder) else ENCODER) + name: tensor for name, tensor in state.items()
-        }
+        return {(DECODER if name.startswith(decoder) else ENCODER) + name: tensor for name, tensor in state.items()}
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The encoder, and the decoder if the run has this one."""
