@@ -1,8 +1,8 @@
 """Teachers: frozen networks and momentum copies, owned by the core so that no method can get them subtly wrong.
 
 A teacher is in eval mode whatever is called above it, has no gradients, and its buffers change only when the core
-copies them. A pass over a view is computed once per micro-batch, however many components ask for it. Copies move only after a
-successful optimizer step. A teacher never holds its source as a submodule.
+copies them. A pass over a view is computed once per micro-batch, however many components ask for it. Copies move only
+after a successful optimizer step. A teacher never holds its source as a submodule.
 """
 
 from __future__ import annotations
