@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,15 @@ class Settings:
         return load_recipe(recipe, overrides, self.registry)
 
 
+def _leave_group_behind() -> None:
+    """End a rank that failed at once: its peers are not waited for, and gloo's threads now and then abort an exit."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
 class ErrorPolicy(click.Group):
     """Prints errors that a user can cause, without a traceback, and ends with status 1."""
 
@@ -59,6 +69,7 @@ class ErrorPolicy(click.Group):
                 time.sleep(TELLING_SECONDS)
             else:
                 click.echo(f"mim: {error}", err=True)
+            _leave_group_behind()
             ctx.exit(1)
 
 
