@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -24,6 +23,7 @@ from pydantic import Field
 
 from mim_framework.config import Section
 from mim_framework.errors import MimError
+from mim_framework.files import replace_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -158,7 +158,7 @@ def _from_line(line: bytes) -> dict[str, Any] | None:
 
 
 def _drop_lines_after(step: int, path: Path) -> None:
-    """Keep the whole lines up to `step`; the file is replaced at once, so that a kill leaves the old one or the new."""
+    """Keep the whole lines up to `step`."""
     if not path.exists():
         return
     content = path.read_bytes()
@@ -168,12 +168,7 @@ def _drop_lines_after(step: int, path: Path) -> None:
         if step and values is not None and values["step"] <= step:
             kept += line.rstrip(b"\n") + b"\n"
     if kept != content:
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
-            file.write(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, kept)
 
 
 class Throughput:

@@ -25,6 +25,7 @@ from mim_framework.components import Source
 from mim_framework.data.loader import Batch, BatchLayout
 from mim_framework.distributed import World
 from mim_framework.errors import MimError, RecipeError
+from mim_framework.files import replace_file
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, dump_recipe, load_recipe
 from mim_framework.records import Step
@@ -153,8 +154,9 @@ def prepare_directory(recipe: Recipe, registry: Registry, world: World, *, fresh
                 )
         with _writing(recipe):
             directory.mkdir(parents=True, exist_ok=True)
-            _replace(written, dump_recipe(recipe))
-            _replace(directory / "environment.json", json.dumps(environment(registry, world), indent=1) + "\n")
+            replace_file(written, dump_recipe(recipe).encode())
+            facts = json.dumps(environment(registry, world), indent=1) + "\n"
+            replace_file(directory / "environment.json", facts.encode())
 
     world.on_main(prepare)
     return directory
@@ -214,16 +216,6 @@ def _writing(recipe: Recipe) -> Iterator[None]:
     except OSError as error:
         where = error.filename or run_directory(recipe)
         raise MimError(f"output_dir {recipe.output_dir}: cannot write {where}: {error.strerror}") from error
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a text file so that a kill leaves the old one or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
