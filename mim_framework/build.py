@@ -302,7 +302,8 @@ def load_run(
     except MimError:  # trained elsewhere
         device = choose_device("auto")
         logger.warning(f"{run_dir} was trained on {recipe.train.device}, which is not here; using {device.type}")
-    model = build_model(recipe, registry, with_weights=not trained)
+    # A frozen teacher's weights are where the recipe says; those of the model are in the checkpoint.
+    model = build_model(recipe.model_copy(update={"init": None}) if trained else recipe, registry)
     if trained:
         found = load(checkpoint) if checkpoint else find_latest(run_dir / "checkpoints")
         if found is None:

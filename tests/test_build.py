@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 from mim_framework.build import (
@@ -324,9 +325,22 @@ def test_a_momentum_teacher_starts_from_the_loaded_weights(tmp_path):
     assert torch.equal(model.teachers["ema"].part("encoder").proj.weight, source.encoder.proj.weight)
 
 
-def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
-    from safetensors.torch import save_file
+def test_a_loaded_run_has_its_frozen_teacher_and_needs_no_init(tmp_path):
+    teacher = build_model(recipe_of(tmp_path, seed=5), REGISTRY).objective
+    frozen = {"encoder": "toy", "checkpoint": str(tmp_path / "encoder.safetensors")}
+    weights = {f"encoder.{name}": tensor for name, tensor in teacher.encoder.state_dict().items()}
+    save_file(weights, frozen["checkpoint"])
+    run_dir = tmp_path / "run"
+    recipe = recipe_of(tmp_path, teachers={"frozen": frozen}, init=str(tmp_path / "gone"))
+    model = build_model(recipe.model_copy(update={"init": None}), REGISTRY)
+    save_checkpoint(run_dir / "checkpoints", 1, {"model": model.objective.state_dict()}, {})
+    (run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
+    loaded = load_run(run_dir, registry=REGISTRY)
+    assert torch.equal(loaded.teachers["frozen"].part("encoder").proj.weight, teacher.encoder.proj.weight)
+    assert torch.equal(loaded.objective.encoder.proj.weight, model.objective.encoder.proj.weight)
 
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     module = nn.Linear(2, 2)
     save_file({"weight": torch.zeros(3, 2)}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=r"shapes that do not fit the recipe: weight \(3, 2\), needed \(2, 2\)"):
