@@ -13,6 +13,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+class AliasedSection(Section):
+    """A section with a key, such as `from` or `copy`, that is no good name for a field in Python."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+
 class Choice(Section):
     """A component chosen by name with its options inline: `{type: random, mask_ratio: 0.75}`, or just `random`.
 

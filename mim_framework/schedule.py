@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mim_framework.config import Section
+from mim_framework.config import AliasedSection
 
 
-class Curve(Section):
+class Curve(AliasedSection):
     """A value that moves from `from` to `to` over the run, after an optional linear warm-up."""
 
     shape: Literal["cosine", "linear", "constant", "step"] = "cosine"
@@ -31,13 +31,6 @@ class Curve(Section):
     """Epochs at which a `step` schedule multiplies its value by `gamma`."""
     gamma: float = 0.1
     """Factor at each milestone."""
-
-    model_config = {
-        **Section.model_config,
-        "validate_by_name": True,
-        "validate_by_alias": True,
-        "serialize_by_alias": True,
-    }
 
     @model_validator(mode="after")
     def _complete(self) -> Curve:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mim_framework.components import Component, Encoder, Head
-from mim_framework.config import Choice, Section
+from mim_framework.config import AliasedSection, Choice
 from mim_framework.distributed import local
 from mim_framework.records import Ask, Latent, Mask, Step
 from mim_framework.schedule import Schedule, extremes
 
 
-class TeacherSection(Section):
+class TeacherSection(AliasedSection):
     """A frozen encoder (`encoder`, `checkpoint`), or a copied part (`copy` and `momentum` or `refresh_every`)."""
 
     encoder: Choice | None = None
@@ -39,13 +39,6 @@ class TeacherSection(Section):
     """Copy moves by p = momentum * p + (1 - momentum) * source after every step."""
     refresh_every: int | None = Field(None, gt=0)
     """Copy is replaced by its source every so many steps, instead of moving."""
-
-    model_config = {
-        **Section.model_config,
-        "validate_by_name": True,
-        "validate_by_alias": True,
-        "serialize_by_alias": True,
-    }
 
     @model_validator(mode="after")
     def _one_kind(self) -> TeacherSection:
@@ -109,10 +102,6 @@ class Teachers(nn.Module):
             if section.copy_of:
                 parts = {path: self._source(section, path, objective) for path in section.copy_of}
                 self.teachers[name] = Teacher({path: copy.deepcopy(part) for path, part in parts.items()})
-
-    def copies(self) -> list[Teacher]:
-        """The teachers that are copies, not the frozen ones."""
-        return [self[name] for name, section in self.sections.items() if section.copy_of]
 
     def moving(self) -> nn.ModuleDict:
         """The copied teachers, which a checkpoint must hold; a frozen one is read from where the recipe says."""

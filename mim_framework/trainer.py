@@ -306,7 +306,7 @@ class Trainer:
             for block in [*blocks, *self.teachers.repeated_blocks()]:
                 block.compile()
         if section.distributed == "fsdp" and run.world.size > 1:
-            for teacher in self.teachers.copies():
+            for teacher in self.teachers.moving().values():
                 for unit, unit_blocks in teacher.units():
                     shard(unit, unit_blocks, run.device, reshard_after_forward=True)
         return wrap(self.objective, blocks, section.distributed, run.world, run.device, phases=len(self.phases))

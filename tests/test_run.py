@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 import yaml
 
@@ -70,27 +71,11 @@ def test_precision_is_what_was_asked_for():
 
 # --- the run directory -----------------------------------------------------------------------------------------------
 
-RECIPE = {
-    "name": "tiny",
-    "data": {"source": {"type": "digits"}, "workers": 0},
-    "views": {"type": "image", "img_size": 16},
-    "masker": {"type": "random", "mask_ratio": 0.75},
-    "encoder": {"type": "mae_vit", "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
-    "target": {"type": "pixels"},
-    "decoder": {"type": "mae_decoder", "embed_dim": 16, "depth": 1, "num_heads": 2},
-    "loss": "mse",
-    "optim": {"type": "adamw", "lr": 1e-3, "warmup_epochs": 0.001},
-    "train": {"total_batch_size": 8, "steps": 2, "device": "cpu", "precision": "float32"},
-    "checkpoint": {"every_epochs": 0},
-    "log": {"every_steps": 1, "tensorboard": False, "images_every_epochs": 0, "num_images": 0},
-    "evaluate": {"knn": None},
-}
-
 
 def tiny_recipe(folder: Path, registry: RegistryWith, *overrides: str):
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"recipe_{os.getpid()}.yaml"  # ranks are processes
-    file.write_text(yaml.safe_dump(RECIPE))
+    file.write_text(yaml.safe_dump(tiny.RECIPE))
     return load_recipe(file, [f"output_dir={folder}", *overrides], registry)
 
 

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import yaml
 from torch import nn
@@ -25,20 +26,9 @@ from mim_framework.recipe import load_recipe
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.trainer import Trainer, train
 
-RECIPE = {
-    "name": "tiny",
-    "data": {"source": {"type": "digits"}, "workers": 0},
-    "views": {"type": "image", "img_size": 16, "scale": [0.6, 1.0]},
-    "masker": {"type": "random", "mask_ratio": 0.75},
-    "encoder": {"type": "mae_vit", "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
-    "target": {"type": "pixels"},
-    "decoder": {"type": "mae_decoder", "embed_dim": 16, "depth": 1, "num_heads": 2},
-    "loss": "mse",
-    "optim": {"type": "adamw", "lr": 1e-3, "warmup_epochs": 0.001},
-    "train": {"total_batch_size": 8, "steps": 6, "device": "cpu", "precision": "float32"},
-    "checkpoint": {"every_epochs": 0},
-    "log": {"every_steps": 1, "tensorboard": False, "images_every_epochs": 0, "num_images": 0},
-    "evaluate": {"knn": None},
+RECIPE = tiny.RECIPE | {
+    "views": {**tiny.RECIPE["views"], "scale": [0.6, 1.0]},
+    "train": {**tiny.RECIPE["train"], "steps": 6},
 }
 EMA = "teachers={ema: {copy: [encoder], momentum: {shape: cosine, from: 0.9, to: 1.0}}}"
 

@@ -29,6 +29,7 @@ from mim_framework import rng
 from mim_framework.components import Source, ViewBuilder
 from mim_framework.config import Choice, Section
 from mim_framework.data.decode import BrokenImage
+from mim_framework.distributed import STOP_SIGNALS
 from mim_framework.errors import DataError
 
 TOLERATED_BROKEN = 10
@@ -359,14 +360,11 @@ def _context(remote: bool) -> multiprocessing.context.BaseContext:
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
     """Workers, and a fork server, start with the signals blocked: none can end one before it has its handlers."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_TO_THE_JOB)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_SIGNALS_TO_THE_JOB = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def _outlive_the_signals_to_the_job(worker: int) -> None:
@@ -387,7 +385,7 @@ def _outlive_the_signals_to_the_job(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, on_sigterm)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS_TO_THE_JOB)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _unchanged(batch: Any) -> Any:
