@@ -38,7 +38,7 @@ from mim_framework.evaluate.knn import check_pool
 from mim_framework.optim import Optimizer, assign
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, load_recipe
-from mim_framework.records import Step
+from mim_framework.records import EncoderSpec, MaskerSpec, Step
 from mim_framework.teachers import Teachers
 
 logger = logging.getLogger(__name__)
@@ -97,12 +97,7 @@ def build_optimizers(recipe: Recipe, objective: Objective, total_batch_size: int
     """
     sections = recipe.named_optimizers()
     where = "optim" if recipe.optimizers is None else "optimizers"
-    exempt = {
-        f"{path}.{name}" if path else name
-        for path, module in objective.named_modules()
-        if hasattr(module, "no_weight_decay")  # timm's modules have it too
-        for name in module.no_weight_decay()
-    }
+    exempt = exempt_names(objective)
     optimizers = {}
     try:
         parameters = assign(sections, list(objective.named_parameters()))
@@ -114,10 +109,21 @@ def build_optimizers(recipe: Recipe, objective: Objective, total_batch_size: int
     return optimizers
 
 
+def exempt_names(objective: nn.Module) -> set[str]:
+    """Full names of the parameters that some module of the objective exempts from weight decay."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in objective.named_modules()
+        if hasattr(module, "no_weight_decay")  # timm's modules have it too
+        for name in module.no_weight_decay()
+    }
+
+
 class _Builder:
     def __init__(self, recipe: Recipe, registry: Registry) -> None:
         self.recipe, self.registry = recipe, registry
         self.specs = Specs()
+        self.built: dict[str, str] = {}
 
     def build(self, with_weights: bool) -> Model:
         recipe = self.recipe
@@ -145,7 +151,9 @@ class _Builder:
         copies = {name: encoder.spec for name, section in recipe.teachers.items() if "encoder" in section.copy_of}
         self.publish(teachers={**self.specs.teachers, **copies})
 
-        heads = {name: self.build_head(name, section, encoder) for name, section in recipe.named_heads().items()}
+        heads = {
+            name: self.build_head(name, section, encoder, masker) for name, section in recipe.named_heads().items()
+        }
         parts = Parts(masker, encoder, heads, views, self.specs)
         objective: Objective = self.make("objective", "objective", recipe.objective, parts)
 
@@ -159,7 +167,7 @@ class _Builder:
                 teachers.declare(component.teacher_asks())
         return Model(recipe, views, objective, teachers, self.specs)
 
-    def build_head(self, name: str, section: Any, encoder: Encoder) -> Head:
+    def build_head(self, name: str, section: Any, encoder: Encoder, masker: Masker) -> Head:
         where = "" if self.recipe.heads is None else f"heads.{name}."
         target: Target = self.make("target", where + "target", section.target, self.specs)
         specs = replace(self.specs, target=target.spec)
@@ -171,6 +179,10 @@ class _Builder:
             raise self.misfit(
                 where + "decoder", f"decoder '{decoder.name}' asks for {lacking}, which encoder '{encoder.name}' lacks"
             )
+        if masker.spec.mixes != decoder.unmixes:
+            sees = "mixes images" if masker.spec.mixes else "mixes no images"
+            takes = "predicts from mixed images only" if decoder.unmixes else "cannot tell mixed images apart"
+            raise self.misfit(where + "decoder", f"masker '{masker.name}' {sees}, decoder '{decoder.name}' {takes}")
         if target.spec.kind not in loss.accepts:
             accepted = ", ".join(sorted(loss.accepts))
             text = f"loss '{loss.name}' takes {accepted} targets, target '{target.name}' gives {target.spec.kind}"
@@ -190,13 +202,9 @@ class _Builder:
 
     def check_masker(self, masker: Masker, encoder: Encoder) -> None:
         sides = f"masker '{masker.name}' and encoder '{encoder.name}' do not fit"
-        accepts, mask = encoder.spec.accepts, masker.spec
-        if mask.num_hidden and not accepts & {"equal", "varies"}:
-            raise self.misfit("masker", f"{sides}: the encoder takes no masks; use masker 'none' or another encoder")
-        if mask.num_hidden and not mask.equal and "varies" not in accepts:
-            raise self.misfit("masker", f"{sides}: rows that hide different numbers, the encoder needs equal ones")
-        if mask.num_hidden and mask.equal and "equal" not in accepts:
-            raise self.misfit("masker", f"{sides}: the encoder needs rows that hide different numbers")
+        mask = masker.spec
+        if reason := _refusal(mask, encoder.spec):
+            raise self.misfit("masker", f"{sides}: {reason}")
         grids = f"mask grid {mask.grid}, token grid {encoder.spec.grid}"
         ratios = list(zip(mask.grid.shape, encoder.spec.grid.shape, strict=False))
         divisible = all(b % a == 0 for a, b in ratios) or all(a % b == 0 for a, b in ratios)
@@ -225,7 +233,9 @@ class _Builder:
     def make(self, kind: str, where: str, choice: Choice, *arguments: Any) -> Any:
         cls, config = self.registry.resolve(kind, choice)
         with self.slot(where, choice.type):
-            return cls(config, *arguments)
+            component = cls(config, *arguments)
+        self.built[kind] = component.name
+        return component
 
     def publish(self, **specs: Any) -> None:
         self.specs = replace(self.specs, **specs)
@@ -242,7 +252,28 @@ class _Builder:
             raise
         except Exception as error:
             text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            kinds = [kind for kind in ("masker", "encoder", "target", "decoder") if kind in self.built]
+            beside = ", ".join(f"{kind} '{self.built[kind]}'" for kind in kinds)
+            text = f"{text} (beside {beside})" if beside and name else text
             raise self.misfit(where, f"{name}: {text}" if name else text) from error
+
+
+def _refusal(mask: MaskerSpec, encoder: EncoderSpec) -> str:
+    """Why an encoder cannot work under the masks of a masker, or nothing."""
+    accepts = encoder.accepts
+    if not mask.num_hidden:
+        return ""
+    if mask.mixes:
+        return "" if "mixed" in accepts else "the masker mixes images, which the encoder cannot tell apart"
+    if not accepts & {"equal", "varies"}:
+        if "mixed" in accepts:
+            return "the encoder takes mixed images only, the masker leaves gaps"
+        return "the encoder takes no masks; use masker 'none' or another encoder"
+    if not mask.equal and "varies" not in accepts:
+        return "rows that hide different numbers, the encoder needs equal ones"
+    if mask.equal and "equal" not in accepts:
+        return "the encoder needs rows that hide different numbers"
+    return ""
 
 
 def load_into(module: nn.Module, path: Path, prefix: str = "") -> list[str]:

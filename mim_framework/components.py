@@ -159,6 +159,13 @@ class Encoder(Component):
     @abstractmethod
     def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent: ...
 
+    def final_norm(self, x: Tensor) -> Tensor:
+        """A sequence like those of `Latent.layers`, (B, P + n, D), as the end of `forward` normalises its tokens.
+
+        For whoever puts something else in the place of the last block's output (MFF). The identity if there is no norm.
+        """
+        return x
+
 
 class Target(Component):
     """What should be predicted. Set `self.spec`. May return values at the predicted positions only, as a `Pred`."""
@@ -184,6 +191,8 @@ class Decoder(Component):
     kind = "decoder"
     spec: PredSpec
     ask: Ask = Ask()
+    unmixes: ClassVar[bool] = False
+    """True if it predicts every image from mixed ones (`Mask.partner`); it then takes no others."""
 
     @abstractmethod
     def forward(self, latent: Latent, mask: Mask) -> Pred | dict[str, Any]: ...
@@ -326,6 +335,9 @@ class CheckpointFormat:
 
     kind: ClassVar[str] = "checkpoint_format"
     name: ClassVar[str]
+
+    encoders: ClassVar[frozenset[str]] = frozenset()
+    """Names of the encoders whose weights it writes; empty = every encoder of its plugin."""
 
     @abstractmethod
     def recognises(self, state: dict[str, Tensor]) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mim_framework.components import Objective, Parts
 from mim_framework.config import Section
-from mim_framework.records import Ask, Step, Views
+from mim_framework.records import Ask, Latent, Mask, Step, Views
 
 
 class MaskedPrediction(Objective):
@@ -27,7 +27,7 @@ class MaskedPrediction(Objective):
     def forward(self, step: Step, views: Views) -> dict[str, Tensor]:
         masked = self.masker(step, views)
         mask = masked.masks["x"]
-        latent = self.encoder(masked.views["x"], mask, self.ask)
+        latent = self.encode(masked.views["x"], mask)
         losses = dict(masked.losses)
         if clash := losses.keys() & self.heads.keys():
             raise ValueError(f"masker '{self.masker.name}' gives a loss '{min(clash)}', which is the name of a head")
@@ -36,3 +36,7 @@ class MaskedPrediction(Objective):
             pred = head.decoder(latent, mask)
             losses[name] = step.value(head.weight) * head.loss(pred, target, mask, latent)
         return losses
+
+    def encode(self, view: Tensor, mask: Mask) -> Latent:
+        """What the heads see of a masked view; an objective that refines the encoder's answer overrides this."""
+        return self.encoder(view, mask, self.ask)

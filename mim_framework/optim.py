@@ -41,6 +41,14 @@ class OptimSection(Section):
     """Epochs at which a `step` schedule multiplies the rate by `gamma`."""
     gamma: float = Field(0.1, gt=0)
     """Factor at each milestone."""
+    counted_from: Literal["warmup_end", "run_start"] = "warmup_end"
+    """Where a cosine or line begins. From `run_start` the warm-up hides its first part, and the rate jumps down when
+    the warm-up ends (timm's cosine schedule, SimMIM)."""
+    warmup_inclusive: bool = False
+    """The last step of the warm-up already has the full rate, and so has the next one (mmengine, BEiT)."""
+    lag_steps: float = Field(0.0, ge=0)
+    """Steps by which the rate trails. 1 where the official loop sets it after a step from that step's own number, so
+    that the first two steps share a rate (SimMIM)."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], ...] | None = None
     """Decay of the moments of Adam-like optimizers; the optimizer's own by default, (0.9, 0.999) for adamw."""
     eps: float | None = Field(None, gt=0)
@@ -83,6 +91,9 @@ class OptimSection(Section):
             warmup_from=self.warmup_lr,
             milestones=self.milestones,
             gamma=self.gamma,
+            counted_from=self.counted_from,
+            warmup_inclusive=self.warmup_inclusive,
+            lag_steps=self.lag_steps,
         )
 
 

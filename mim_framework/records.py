@@ -49,6 +49,8 @@ class Mask:
     `equal` promises that every row hides the same number, `shared` that all rows are the same; both are checked by
     `validate()`, which the preflight and the contract tests call (it reads the device, a training step does not).
     `num_hidden`: hidden positions per row of an `equal` mask, None for others. Give it: counting waits for the device.
+    `partner` (B,) int64: the row whose patches stand at this row's hidden positions, where a masker has mixed images
+    (`MaskerSpec.mixes`); None = hidden positions hold nothing. Partners are mutual, and what one hides the other shows.
     Gather indices are derived here and cached, never stored by a masker as a second truth.
     """
 
@@ -58,6 +60,7 @@ class Mask:
     equal: bool = False
     shared: bool = False
     num_hidden: int | None = None
+    partner: Tensor | None = None
     _ids_shuffle: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -169,16 +172,19 @@ class Mask:
             factor = prod(new // old for new, old in pairs)
             num_hidden = None if self.num_hidden is None else self.num_hidden * factor
             predict = None if self.predict is None else self._repeat(self.predict, grid)
-            return Mask(self._repeat(self.hidden, grid), grid, predict, self.equal, self.shared, num_hidden)
+            return Mask(
+                self._repeat(self.hidden, grid), grid, predict, self.equal, self.shared, num_hidden, self.partner
+            )
         if all(old % new == 0 for new, old in pairs):
             hidden = self._cells(self.hidden, grid).all(-1)
-            return Mask(hidden, grid, self._cells(self.where, grid).float().mean(-1), shared=self.shared)
+            predict = self._cells(self.where, grid).float().mean(-1)
+            return Mask(hidden, grid, predict, shared=self.shared, partner=self.partner)
         raise ValueError(
             f"cannot resample a mask of grid {self.grid} to {grid}: one must divide the other on every axis"
         )
 
     def validate(self) -> None:
-        """Check the promises `equal` and `shared` (reads the device).
+        """Check the promises `equal`, `shared` and those of `partner` (reads the device).
 
         Raises:
             ValueError: naming the promise that does not hold.
@@ -188,6 +194,12 @@ class Mask:
             raise ValueError(f"mask says equal=True but hides {counts.tolist()} positions per row")
         if self.shared and not bool((self.hidden == self.hidden[:1]).all()):
             raise ValueError("mask says shared=True but its rows differ")
+        if self.partner is not None:
+            rows = torch.arange(len(self.partner), device=self.partner.device)
+            if not torch.equal(self.partner[self.partner], rows):
+                raise ValueError(f"mask has partners that are not mutual: {self.partner.tolist()}")
+            if bool((self.hidden & self.hidden[self.partner])[self.partner != rows].any()):
+                raise ValueError("mask has partners that hide the same position, where neither image would be left")
 
     def _repeat(self, values: Tensor, grid: Grid) -> Tensor:
         values = values.reshape(-1, *self.grid.shape)
@@ -294,7 +306,8 @@ class Pred:
 class Step:
     """One training step as the components see it.
 
-    `index` counts optimizer steps from 0, `total` is their planned number, `epoch` the fractional epoch.
+    `index` counts optimizer steps from 0, `total` is their planned number, `epoch` the fractional epoch,
+    `steps_per_epoch` None outside of a run.
     `positions` (B,): global positions of this micro-batch's samples; everything random is a function of them.
     """
 
@@ -305,12 +318,18 @@ class Step:
     positions: Tensor
     seed: int
     world: World
+    steps_per_epoch: int | None = None
     phase: str = "main"
     teachers: TeacherSession | None = field(default=None, repr=False)
 
     def rand(self, stream: str, n: int) -> Tensor:
         """(B, n) uniform float32 in [0, 1): the same for the same sample position on any rank, worker and device."""
         return rng.uniform(self.seed, stream, self.positions, n)
+
+    def rand_shared(self, stream: str, n: int) -> Tensor:
+        """(1, n) uniform float32 in [0, 1): one draw for all samples of an optimizer step, whatever rank they are on."""
+        index = torch.tensor([self.index], device=self.positions.device)
+        return rng.uniform(self.seed, f"{stream} of a step", index, n)
 
     def teacher(self, name: str, view: Tensor, mask: Mask | None = None) -> Latent:
         """The named teacher's pass over `view`, computed once per step however many components ask for it.
@@ -323,7 +342,7 @@ class Step:
 
     def value(self, schedule: Curve | float) -> float:
         """The value of a schedule (or plain number) at this step."""
-        return value_at(schedule, self.epoch, self.epochs)
+        return value_at(schedule, self.epoch, self.epochs, self.steps_per_epoch)
 
 
 # --- what builders publish, so that no dimension is typed twice in a recipe ------------------------------------------
@@ -360,7 +379,8 @@ class EncoderSpec:
     """An encoder: output width, token grid, pixels per token, blocks, attention heads, and what it can be asked for.
 
     `visible_only`: hidden tokens are dropped, so that `Latent.tokens` holds the visible positions only.
-    `accepts`: masks whose rows hide equal numbers, masks whose rows vary, no mask at all.
+    `accepts`: masks whose rows hide equal numbers, masks whose rows vary, no mask at all, and mixed images (an encoder
+    that accepts masks only of mixed images never sees an empty position).
     """
 
     dim: int
@@ -371,7 +391,7 @@ class EncoderSpec:
     num_prefix_tokens: int = 0
     in_chans: int = 3
     visible_only: bool = False
-    accepts: frozenset[Literal["equal", "varies", "none"]] = frozenset({"equal", "varies", "none"})
+    accepts: frozenset[Literal["equal", "varies", "none", "mixed"]] = frozenset({"equal", "varies", "none"})
     offers: Ask = Ask()
     layers: Mapping[int, tuple[int, Grid]] = field(default_factory=dict)
 
@@ -385,7 +405,11 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class MaskerSpec:
-    """A masker: the views it masks, on which grid, whether rows hide equal numbers, and the share hidden on average."""
+    """A masker: the views it masks, on which grid, whether rows hide equal numbers, and how many on average.
+
+    `mixes`: hidden positions show another image of the batch (`Mask.partner`), which only some encoders and decoders
+    can tell apart.
+    """
 
     grid: Grid
     equal: bool
@@ -393,6 +417,7 @@ class MaskerSpec:
     num_hidden: float = 0.0
     views: tuple[str, ...] = ("x",)
     rewrites: tuple[str, ...] = ()
+    mixes: bool = False
 
 
 Kind = Literal["dense", "ids", "probs", "map", "opaque"]

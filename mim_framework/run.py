@@ -29,6 +29,7 @@ from mim_framework.files import replace_file
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, dump_recipe, load_recipe
 from mim_framework.records import Step
+from mim_framework.schedule import epoch_of
 
 MAY_CHANGE = (
     "description", "output_dir", "init", "data.workers", "data.prefetch_factor", "data.source.root", "data.max_broken",
@@ -63,8 +64,8 @@ class Run:
         return self.recipe.train.epochs or self.total_steps / self.steps_per_epoch
 
     def epoch(self, index: int) -> float:
-        """Fractional epoch at the start of an optimizer step, rounded as in MAE's `engine_pretrain.py`."""
-        return (index % self.steps_per_epoch) / self.steps_per_epoch + index // self.steps_per_epoch
+        """Fractional epoch at the start of an optimizer step."""
+        return epoch_of(index, self.steps_per_epoch)
 
     def due(self, done: int, every_epochs: float | None) -> bool:
         """True after the last step of every so many epochs, `done` steps into the run."""
@@ -77,6 +78,7 @@ class Run:
             total=self.total_steps,
             epoch=self.epoch(index),
             epochs=self.epochs,
+            steps_per_epoch=self.steps_per_epoch,
             positions=batch.positions,
             seed=self.recipe.seed,
             world=self.world,

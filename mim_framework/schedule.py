@@ -31,6 +31,14 @@ class Curve(AliasedSection):
     """Epochs at which a `step` schedule multiplies its value by `gamma`."""
     gamma: float = 0.1
     """Factor at each milestone."""
+    counted_from: Literal["warmup_end", "run_start"] = "warmup_end"
+    """Where a cosine or line begins. From `run_start` the warm-up hides its first part, and the value jumps down when
+    the warm-up ends (timm's cosine schedule, SimMIM)."""
+    warmup_inclusive: bool = False
+    """The last step of the warm-up already has the full value, and so has the next one (mmengine, BEiT)."""
+    lag_steps: float = Field(0.0, ge=0)
+    """Steps by which the value trails. 1 where the official loop sets it after a step from that step's own number, so
+    that the first two steps share a value (SimMIM)."""
 
     @model_validator(mode="after")
     def _complete(self) -> Curve:
@@ -54,23 +62,38 @@ def extremes(schedule: Curve | float) -> tuple[float, ...]:
     return (schedule.warmup_from, *found) if schedule.warmup_epochs else found
 
 
-def value_at(schedule: Curve | float, epoch: float, epochs: float) -> float:
+def epoch_of(index: float, steps_per_epoch: int) -> float:
+    """Fractional epoch at the start of a step, rounded as in MAE's `engine_pretrain.py`."""
+    return (index % steps_per_epoch) / steps_per_epoch + index // steps_per_epoch
+
+
+def value_at(schedule: Curve | float, epoch: float, epochs: float, steps_per_epoch: int | None = None) -> float:
     """The value at fractional `epoch` of a run of `epochs`.
 
     The arithmetic, down to its order, is that of MAE's `util/lr_sched.py`: a linear warm-up, then half a cosine.
+
+    Args:
+        steps_per_epoch: without it `lag_steps` and `warmup_inclusive`, which count steps, have no effect.
     """
     if not isinstance(schedule, Curve):
         return float(schedule)
+    if schedule.lag_steps and steps_per_epoch:
+        index = round(epoch * steps_per_epoch, 6)
+        epoch = epoch_of(max(0.0, index - schedule.lag_steps), steps_per_epoch)
     warmup = schedule.warmup_epochs
     if epoch < warmup:
-        return schedule.warmup_from + (schedule.start - schedule.warmup_from) * epoch / warmup
+        last = warmup - 1 / steps_per_epoch if schedule.warmup_inclusive and steps_per_epoch else warmup
+        if epoch >= last:
+            return schedule.start
+        return schedule.warmup_from + (schedule.start - schedule.warmup_from) * epoch / last
     if schedule.shape == "constant":
         return schedule.start
     if schedule.shape == "step":
         return schedule.start * schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
     assert schedule.end is not None
-    span = epochs - warmup
-    elapsed = min(epoch - warmup, span)
+    begin = warmup if schedule.counted_from == "warmup_end" else 0.0
+    span = epochs - begin
+    elapsed = min(epoch - begin, span)
     if schedule.shape == "linear":
         return schedule.start + (schedule.end - schedule.start) * (elapsed / span if span else 1.0)
     half_cosine = 0.5 * (1.0 + math.cos(math.pi * elapsed / span)) if span else 0.0

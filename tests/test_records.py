@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from mim_framework.records import Ask, EncoderSpec, Grid, Mask, Masked, Pred
+from mim_framework.distributed import World
+from mim_framework.records import Ask, EncoderSpec, Grid, Mask, Masked, Pred, Step
 
 GRID = Grid((2, 2))
 
@@ -116,3 +119,24 @@ def test_a_rewritten_view_keeps_its_original():
     masked = Masked({}, {"x": mixed, "y": clean}, originals={"x": clean})
     assert masked.clean("x") is clean
     assert masked.clean("y") is clean
+
+
+def test_partners_are_kept_on_other_grids_and_their_promises_checked():
+    mask = mask_of([[1, 0, 0, 1], [0, 1, 1, 0]], equal=True, partner=torch.tensor([1, 0]))
+    mask.validate()
+    assert mask.at(Grid((4, 4))).partner.tolist() == [1, 0]
+    assert mask.at(Grid((1, 1))).partner.tolist() == [1, 0]
+    assert mask.complement().partner.tolist() == [1, 0]
+    with pytest.raises(ValueError, match=r"partners that are not mutual: \[1, 1\]"):
+        mask_of([[1, 0, 0, 1], [0, 1, 1, 0]], partner=torch.tensor([1, 1])).validate()
+    with pytest.raises(ValueError, match="hide the same position"):
+        mask_of([[1, 0, 0, 1], [1, 1, 1, 0]], partner=torch.tensor([1, 0])).validate()
+    mask_of([[1, 0, 0, 1]], partner=torch.tensor([0])).validate()  # an image alone is mixed with itself
+
+
+def test_a_shared_draw_is_the_same_for_all_samples_of_a_step_and_another_in_the_next():
+    step = Step(3, 10, 0.0, 1.0, torch.arange(4), seed=0, world=World())
+    other_rank = replace(step, positions=torch.arange(4, 8))
+    assert step.rand_shared("mask", 5).shape == (1, 5)
+    assert torch.equal(step.rand_shared("mask", 5), other_rank.rand_shared("mask", 5))
+    assert not torch.equal(step.rand_shared("mask", 5), replace(step, index=4).rand_shared("mask", 5))

@@ -7,7 +7,7 @@ import math
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from mim_framework.schedule import Curve, Schedule, extremes, value_at
+from mim_framework.schedule import Curve, Schedule, epoch_of, extremes, value_at
 
 
 def test_a_plain_number_is_constant():
@@ -60,3 +60,29 @@ def test_extremes_are_the_turning_points():
     assert extremes(Curve(start=0.9, end=1.0, warmup_epochs=1, warmup_from=-1)) == (-1, 0.9, 1.0)
     assert extremes(Curve(shape="step", start=1.0, gamma=2.0, milestones=(1, 2))) == (1.0, 4.0)
     assert extremes(Curve(shape="constant", start=1.0)) == (1.0, 1.0)
+
+
+def rates(curve: Curve, steps_per_epoch: int, epochs: int) -> list[float]:
+    epochs_of = [epoch_of(index, steps_per_epoch) for index in range(steps_per_epoch * epochs)]
+    return [value_at(curve, epoch, epochs, steps_per_epoch) for epoch in epochs_of]
+
+
+def test_an_inclusive_warmup_reaches_its_end_one_step_early_by_hand():
+    curve = Curve(shape="linear", start=1.0, end=0.0, warmup_epochs=1, warmup_inclusive=True)
+    assert rates(curve, 3, 2) == pytest.approx([0.0, 0.5, 1.0, 1.0, 2 / 3, 1 / 3])
+    assert rates(curve.model_copy(update={"warmup_epochs": 1 / 3}), 3, 1)[0] == 1.0  # a warm-up of one step is none
+
+
+def test_a_lagging_schedule_gives_the_first_two_steps_one_value_by_hand():
+    curve = Curve(shape="linear", start=1.0, end=0.0, warmup_epochs=1, lag_steps=1)
+    assert rates(curve, 2, 2) == pytest.approx([0.0, 0.0, 0.5, 1.0])
+
+
+def test_a_cosine_counted_from_the_start_jumps_down_after_its_warmup_by_hand():
+    curve = Curve(start=1.0, end=0.0, warmup_epochs=2, counted_from="run_start")
+    assert [value_at(curve, epoch, 4) for epoch in (0, 1, 2, 4)] == pytest.approx([0.0, 0.5, 0.5, 0.0])
+
+
+def test_without_the_length_of_an_epoch_steps_cannot_be_counted():
+    curve = Curve(shape="linear", start=1.0, end=0.0, warmup_epochs=1, warmup_inclusive=True, lag_steps=1)
+    assert value_at(curve, 0.5, 2) == 0.5

@@ -57,7 +57,7 @@ def _format_of(encoder: type, to: str, registry: Registry) -> CheckpointFormat:
     own = {
         name.rpartition("_")[2]: cls
         for name, cls in registry.classes("checkpoint_format").items()
-        if cls.__module__.partition(".")[0] == package
+        if cls.__module__.partition(".")[0] == package and (not cls.encoders or encoder.name in cls.encoders)
     }
     if to not in own:
         layouts = f"only {', '.join(sorted(own))}" if own else "none"

@@ -43,7 +43,7 @@ def reconstruct(objective: Objective, views: ViewBuilder, step: Step, batch: dic
         mask, clean = masked.masks["x"], masked.clean("x")
         if len(mask.hidden) != len(clean):
             return None  # several masks of an image
-        latent = objective.encoder(masked.views["x"], mask, objective.ask)
+        latent = objective.encode(masked.views["x"], mask)
         for head in objective.heads.values():
             pred = head.decoder(latent, mask)
             picture = head.target.reconstruct(pred, mask, clean) if isinstance(pred, Pred) else None

@@ -5,131 +5,59 @@ Every `mae_*.safetensors` in `MIM_PARITY_DIR` is one case; by default those comm
 
 from __future__ import annotations
 
-import json
-import os
-from argparse import Namespace
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from mim_plugin_mae.checkpoints import OfficialCheckpoint
-from safetensors import safe_open
-from safetensors.torch import load_file
+from parity.harness import (
+    FOLDER,
+    OUTPUT_TOLERANCE,
+    Case,
+    cases,
+    check_gradients,
+    check_optimizer_steps,
+    imported_case,
+    named,
+    read,
+    read_json,
+    relative,
+)
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from mim_framework.build import Model, build_model, make_step
+from mim_framework.build import build_model, exempt_names, make_step
 from mim_framework.builtins.maskers import mask_from_noise
-from mim_framework.convert import import_checkpoint
 from mim_framework.functional import sincos_position_table
-from mim_framework.optim import Optimizer, OptimSection, layer_decay_scale, parameter_groups, transformer_layer_id
+from mim_framework.optim import OptimSection, layer_decay_scale, parameter_groups, transformer_layer_id
 from mim_framework.plugins import Registry
-from mim_framework.recipe import load_recipe
-from mim_framework.records import Ask, Grid, Mask, Masked, Step
+from mim_framework.records import Ask, Grid, Mask, Masked
 from mim_framework.schedule import Curve, value_at
 
-FOLDER = Path(os.environ.get("MIM_PARITY_DIR", Path(__file__).parent / "data"))
-CASES = sorted(FOLDER.glob("mae_*.safetensors"))
-
-OUTPUT_TOLERANCE = 2e-6  # relative to the largest value of the tensor
-GRADIENT_TOLERANCE = 1e-5  # the same
-PARAMETER_TOLERANCE = 1e-5  # absolute, after 1 and 3 optimizer steps
+CASES = cases("mae_*.safetensors")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.*:UserWarning")
 
 
-class GivenMask(nn.Module):
-    """In place of the masker: the mask of the case, whatever the step."""
-
-    def __init__(self, mask: Mask) -> None:
-        super().__init__()
-        self.mask = mask
-
-    def forward(self, step: Step, views: dict[str, Tensor]) -> Masked:
-        return Masked({"x": self.mask}, views)
-
-
-@dataclass
-class Case:
-    """A file of official numbers, and our model with its weights and its mask."""
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, Any]
-    model: Model
-    mask: Mask
-    step: Step
-
-    @property
-    def images(self) -> Tensor:
-        return self.tensors["input/images"]
-
-    def group(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors `prefix/NAME` by the name they have in our model."""
-        return our_names(
-            {key.removeprefix(prefix + "/"): t for key, t in self.tensors.items() if key.startswith(prefix + "/")}
-        )
-
-    def loss(self) -> Tensor:
-        return self.model.objective(self.step, {"x": self.images})["main"]
-
-
-def our_names(values: dict[str, Any]) -> dict[str, Any]:
-    return OfficialCheckpoint().import_state(values)
-
-
-def official_names(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    prefix += "/"
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-
-
-def relative(ours: Tensor, official: Tensor) -> float:
-    assert ours.shape == official.shape
-    return ((ours.detach() - official).abs().max() / official.abs().max()).item()
-
-
-@cache
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    parsed = {name: json.loads(metadata[name]) for name in ("config", "optimizer", "grad_l2_norms")}
-    return load_file(path), metadata | parsed
-
-
 @pytest.fixture(params=CASES, ids=lambda path: path.stem)
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
-    """The weights go the way of a user: an official training checkpoint, `mim import`, a recipe with `init`."""
-    tensors, metadata = read(request.param)
-    config = metadata["config"]
-    torch.save(
-        {"model": official_names(tensors, "param"), "epoch": 1, "args": Namespace(**config)}, tmp_path / "official.pth"
+    config = read(request.param)[1]["config"]
+    case = imported_case(
+        request.param,
+        tmp_path,
+        our_names=OfficialCheckpoint().import_state,
+        options={"encoder.num_heads": config["num_heads"], "decoder.num_heads": config["decoder_num_heads"]},
+        changes={
+            "masker": {"mask_ratio": config["mask_ratio"]},
+            "target": {"norm_pix_loss": config["norm_pix_loss"]},
+        },
     )
-    heads = {"encoder.num_heads": config["num_heads"], "decoder.num_heads": config["decoder_num_heads"]}
-    report = import_checkpoint(tmp_path / "official.pth", tmp_path / "imported", options=heads)
-    assert not report.missing
-    assert not report.unexpected
-    assert not report.resized
-
-    slots = yaml.safe_load((tmp_path / "imported" / "slots.yaml").read_text())
-    slots["masker"] |= {"mask_ratio": config["mask_ratio"]}
-    slots["target"] |= {"norm_pix_loss": config["norm_pix_loss"]}
-    rest = {
-        "name": "parity",
-        "data": {"source": {"type": "folder", "root": str(tmp_path)}},
-        "optim": {"lr": 1e-3},
-        "train": {"total_batch_size": config["batch_size"], "steps": 3},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(slots | rest))
-    registry = Registry()
-    model = build_model(load_recipe(tmp_path / "recipe.yaml", [], registry), registry)
-    masker = model.objective.masker
-    mask = mask_from_noise(tensors["input/noise"], masker.num_keep, masker.spec.grid)
-    model.objective.masker = GivenMask(mask)
-    step = make_step(model.recipe, torch.arange(config["batch_size"]))
-    return Case(tensors, metadata, model, mask, step)
+    masker = case.model.objective.masker
+    mask = mask_from_noise(case.tensors["input/noise"], masker.num_keep, masker.spec.grid)
+    step = make_step(case.model.recipe, torch.arange(config["batch_size"]))
+    case.mask_with(Masked({"x": mask}, {"x": case.images}), step)
+    return case
 
 
 def test_there_are_cases():
@@ -172,7 +100,7 @@ def test_outputs(case: Case):
     pred = head.decoder(latent, everywhere)
     assert pred.ids is None
     assert relative(pred.values, case.tensors["out/pred"]) < OUTPUT_TOLERANCE
-    middle = official_names(case.tensors, "mid")
+    middle = named(case.tensors, "mid")
     assert middle.keys() <= seen.keys()
     for name, tensor in middle.items():
         assert relative(seen[name][:1], tensor) < OUTPUT_TOLERANCE, name
@@ -200,46 +128,12 @@ def test_loss_and_predictions_at_hidden_positions_only_are_those_at_all(case: Ca
 
 
 def test_gradients(case: Case):
-    case.loss().backward()
-    ours = {name: parameter.grad for name, parameter in case.model.objective.named_parameters()}
-    for name, official in case.group("grad").items():
-        assert relative(ours[name], official) < GRADIENT_TOLERANCE, name
-    for name, official in case.group("gradslice").items():
-        assert relative(ours[name][: len(official)], official) < GRADIENT_TOLERANCE, name
-    norms = our_names(case.metadata["grad_l2_norms"])
-    assert ours.keys() == norms.keys()
-    for name, norm in norms.items():
-        assert ours[name].norm().item() == pytest.approx(norm, rel=GRADIENT_TOLERANCE), name
+    check_gradients(case)
 
 
 def test_optimizer_steps(case: Case):
-    official = case.metadata["optimizer"]
-    section = OptimSection(
-        lr=1e-3, shape="constant", betas=official["betas"], eps=official["eps"], weight_decay=0.05,
-        clip_grad_norm=official["clip_grad_norm"],
-    )  # fmt: skip
-    objective = case.model.objective
-    exempt = [name for part in objective.components() for name in part.no_weight_decay()]
-    assert exempt == []
-    optimizer = Optimizer("main", section, list(objective.named_parameters()), exempt, total_batch_size=1)
-    decayed = {name for group in optimizer.optimizer.param_groups if group["decay"] for name in group["names"]}
-    assert decayed == our_names(dict.fromkeys(official["groups"]["decay"])).keys()
-
-    losses, norms = [], []
-    for done in (1, 2, 3):
-        loss = case.loss()
-        loss.backward()
-        optimizer.schedule(case.step)
-        norms.append(optimizer.clip().item())
-        optimizer.step()
-        objective.zero_grad()
-        losses.append(loss.item())
-        state = objective.state_dict()
-        for name, tensor in case.group(f"step{done}").items():
-            assert (state[name] - tensor).abs().max() < PARAMETER_TOLERANCE, f"{name} after step {done}"
-    losses.append(case.loss().item())
-    assert losses == pytest.approx(case.tensors["step/losses"].tolist(), rel=1e-5)
-    assert norms == pytest.approx(case.tensors["step/grad_norms"].tolist(), rel=1e-5)
+    assert not exempt_names(case.model.objective)
+    check_optimizer_steps(case)
 
 
 @torch.no_grad()
@@ -272,7 +166,7 @@ def test_a_wrong_implementation_would_be_found(case: Case, fault: str):
 
 
 def test_learning_rate_of_every_iteration_is_exact():
-    for schedule in json.loads((FOLDER / "mae_schedule.json").read_text())["schedules"]:
+    for schedule in read_json("mae_schedule.json")["schedules"]:
         setting = schedule["setting"]
         section = OptimSection(
             base_lr=setting["blr"], warmup_epochs=setting["warmup_epochs"], min_lr=setting["min_lr"]
@@ -288,23 +182,23 @@ def test_learning_rate_of_every_iteration_is_exact():
 
 
 def test_decay_groups_of_pre_training_are_exact():
-    groups = json.loads((FOLDER / "mae_schedule.json").read_text())["pretrain_param_groups"]
-    named = {name: nn.Parameter(torch.zeros(1)) for name in groups["no_weight_decay"]}
-    named |= {name: nn.Parameter(torch.zeros(1, 1)) for name in groups["weight_decay_keys"]}
-    found = {group["decay"]: set(group["names"]) for group in parameter_groups(named.items())}
+    groups = read_json("mae_schedule.json")["pretrain_param_groups"]
+    parameters = {name: nn.Parameter(torch.zeros(1)) for name in groups["no_weight_decay"]}
+    parameters |= {name: nn.Parameter(torch.zeros(1, 1)) for name in groups["weight_decay_keys"]}
+    found = {group["decay"]: set(group["names"]) for group in parameter_groups(parameters.items())}
     assert found == {True: set(groups["weight_decay_keys"]), False: set(groups["no_weight_decay"])}
 
 
-@pytest.mark.parametrize("official", json.loads((FOLDER / "mae_layer_decay.json").read_text())["cases"])
+@pytest.mark.parametrize("official", read_json("mae_layer_decay.json")["cases"])
 def test_layer_decay_is_exact(official: dict[str, Any]):
     depth, decay = official["depth"], official["layer_decay"]
     curve = Curve(start=1e-3, end=1e-6, warmup_epochs=1)
-    named = {
+    parameters = {
         name: nn.Parameter(torch.zeros(1) if name.endswith(".bias") or "norm" in name else torch.zeros(1, 1))
         for name in official["keys"]
     }
     groups = parameter_groups(
-        named.items(),
+        parameters.items(),
         no_weight_decay=["cls_token", "pos_embed"],
         lr_scale=lambda name: layer_decay_scale(decay, transformer_layer_id(name, depth), depth + 1),
     )

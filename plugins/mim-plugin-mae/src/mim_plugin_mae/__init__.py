@@ -167,8 +167,11 @@ class MAEEncoder(Encoder):
             if i in ask.attn:
                 q, k, _ = qkv
                 attn[i] = (q @ k.mT * block.attn.scale).softmax(-1)
-        x = self.norm(x)
+        x = self.final_norm(x)
         return Latent(x[:, 1:], self.spec.grid, ids, prefix=x[:, :1], layers=layers, attn=attn, qkv=qkvs)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.norm(x)
 
     def embed(self, view: Tensor, ids: Tensor | None) -> Tensor:
         """view (B, C, H, W) -> patch embeddings with positions (B, K, D), computed only where `ids` (B, K) says."""

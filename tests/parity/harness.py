@@ -1,0 +1,197 @@
+"""What every comparison with official numbers shares: reading a case, building our model of it, comparing.
+
+A case is one safetensors file of `MIM_PARITY_DIR`, by default of those committed beside this module. Tolerances are
+stated here once; relative ones refer to the largest value of the tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mim_framework.build import Model, build_model, exempt_names
+from mim_framework.convert import import_checkpoint
+from mim_framework.optim import Optimizer, OptimSection
+from mim_framework.plugins import Registry
+from mim_framework.recipe import load_recipe
+from mim_framework.records import Mask, Masked, Step, Views
+
+FOLDER = Path(os.environ.get("MIM_PARITY_DIR", Path(__file__).parent / "data"))
+
+OUTPUT_TOLERANCE = 2e-6  # relative
+GRADIENT_TOLERANCE = 1e-5  # relative
+PARAMETER_TOLERANCE = 1e-5  # absolute, after 1 and 3 optimizer steps
+
+
+def cases(pattern: str) -> list[Path]:
+    return sorted(FOLDER.glob(pattern))
+
+
+def relative(ours: Tensor, official: Tensor) -> float:
+    assert ours.shape == official.shape
+    return ((ours.detach() - official).abs().max() / official.abs().max()).item()
+
+
+def named(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries `prefix/NAME` by NAME."""
+    prefix += "/"
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+@cache
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the metadata of a file."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    parsed = {name: json.loads(metadata[name]) for name in ("config", "optimizer", "grad_l2_norms")}
+    return load_file(path), metadata | parsed
+
+
+def read_json(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / name).read_text())
+
+
+class Given(nn.Module):
+    """In place of the masker: what a case was masked with, whatever the step."""
+
+    def __init__(self, masked: Masked) -> None:
+        super().__init__()
+        self.masked = masked
+
+    def forward(self, step: Step, views: Views) -> Masked:
+        return self.masked
+
+
+@dataclass
+class Case:
+    """A file of official numbers, and our model with its weights."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+    model: Model
+    our_names: Callable[[dict[str, Any]], dict[str, Any]]
+    """Values by official name -> by the name in our objective. Only tensors may change."""
+    step: Step | None = None
+    masked: Masked | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.metadata["config"]
+
+    @property
+    def images(self) -> Tensor:
+        return self.tensors["input/images"]
+
+    @property
+    def mask(self) -> Mask:
+        return self.masked.masks["x"]
+
+    def mask_with(self, masked: Masked, step: Step) -> None:
+        """Every step of the case sees this mask."""
+        self.masked, self.step = masked, step
+        self.model.objective.masker = Given(masked)
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors `prefix/NAME` by the name they have in our model."""
+        return self.our_names(named(self.tensors, prefix))
+
+    def loss(self) -> Tensor:
+        return self.model.objective(self.step, {"x": self.images})["main"]
+
+
+def imported_case(
+    path: Path,
+    tmp_path: Path,
+    *,
+    our_names: Callable[[dict[str, Any]], dict[str, Any]],
+    options: Mapping[str, Any],
+    changes: Mapping[str, Mapping[str, Any]],
+    container: str = "model",
+    expected_unexpected: Iterable[str] = (),
+) -> Case:
+    """The weights go the way of a user: an official training checkpoint, `mim import`, a recipe with `init`.
+
+    Args:
+        options: what no tensor tells, as for `import_checkpoint`.
+        changes: options of slots that the case sets, by slot.
+        container: the key under which the official training checkpoint holds its weights.
+        expected_unexpected: names that the file holds and our model has no place for.
+    """
+    tensors, metadata = read(path)
+    config = metadata["config"]
+    torch.save({container: named(tensors, "param"), "epoch": 1, "args": Namespace(**config)}, tmp_path / "official.pth")
+    report = import_checkpoint(tmp_path / "official.pth", tmp_path / "imported", options=options)
+    assert not report.missing
+    assert report.unexpected.keys() == set(expected_unexpected)
+    assert not report.resized
+
+    slots = yaml.safe_load((tmp_path / "imported" / "slots.yaml").read_text())
+    for slot, changed in changes.items():
+        slots[slot] = slots.get(slot, {}) | dict(changed)
+    rest = {
+        "name": "parity",
+        "data": {"source": {"type": "folder", "root": str(tmp_path)}},
+        "optim": {"lr": 1e-3},
+        "train": {"total_batch_size": config["batch_size"], "steps": 3},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(slots | rest))
+    registry = Registry()
+    model = build_model(load_recipe(tmp_path / "recipe.yaml", [], registry), registry)
+    return Case(tensors, metadata, model, our_names)
+
+
+def check_gradients(case: Case) -> None:
+    """Of every parameter: the gradient where the file holds it, and its norm."""
+    case.loss().backward()
+    ours = {name: parameter.grad for name, parameter in case.model.objective.named_parameters()}
+    for name, official in case.group("grad").items():
+        assert relative(ours[name], official) < GRADIENT_TOLERANCE, name
+    for name, official in case.group("gradslice").items():
+        assert relative(ours[name][: len(official)], official) < GRADIENT_TOLERANCE, name
+    norms = case.our_names(case.metadata["grad_l2_norms"])
+    assert ours.keys() == norms.keys()
+    for name, norm in norms.items():
+        assert ours[name].norm().item() == pytest.approx(norm, rel=GRADIENT_TOLERANCE), name
+
+
+def check_optimizer_steps(case: Case, *, weight_decay: float = 0.05) -> None:
+    """Which parameters decay, three steps of the official recipe at a constant rate, losses and gradient norms."""
+    official = case.metadata["optimizer"]
+    section = OptimSection(
+        lr=official.get("lr", 1e-3), shape="constant", betas=official["betas"], eps=official["eps"],
+        weight_decay=weight_decay, clip_grad_norm=official["clip_grad_norm"],
+    )  # fmt: skip
+    objective = case.model.objective
+    parameters = list(objective.named_parameters())
+    optimizer = Optimizer("main", section, parameters, exempt_names(objective), total_batch_size=1)
+    decayed = {name for group in optimizer.optimizer.param_groups if group["decay"] for name in group["names"]}
+    assert decayed == case.our_names(dict.fromkeys(official["groups"]["decay"])).keys()
+
+    losses, norms = [], []
+    for done in (1, 2, 3):
+        loss = case.loss()
+        loss.backward()
+        optimizer.schedule(case.step)
+        norms.append(optimizer.clip().item())
+        optimizer.step()
+        objective.zero_grad()
+        losses.append(loss.item())
+        state = objective.state_dict()
+        for name, tensor in case.group(f"step{done}").items():
+            assert (state[name] - tensor).abs().max() < PARAMETER_TOLERANCE, f"{name} after step {done}"
+    losses.append(case.loss().item())
+    assert losses == pytest.approx(case.tensors["step/losses"].tolist(), rel=1e-5)
+    assert norms == pytest.approx(case.tensors["step/grad_norms"].tolist(), rel=1e-5)
