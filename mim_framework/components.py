@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -338,6 +338,9 @@ class CheckpointFormat:
 
     encoders: ClassVar[frozenset[str]] = frozenset()
     """Names of the encoders whose weights it writes; empty = every encoder of its plugin."""
+    bias_tables: ClassVar[Literal["geometric", "bicubic"]] = "geometric"
+    """How tables of relative position biases are resized when the grid or window changes: on BEiT's geometric grid of
+    source points (BEiT, SimMIM), or plainly bicubic (MixMIM)."""
 
     @abstractmethod
     def recognises(self, state: dict[str, Tensor]) -> bool:

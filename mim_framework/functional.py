@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from mim_framework.records import Grid
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention: q (B, heads, M, d), k and v (B, heads, T, d) -> (B, heads, M, d).
+
+    `bias` (1 or B, heads or 1, M, T), floating point and perhaps learned, is added to the logits. On a GPU the fused
+    kernel does it all. On a CPU two cases are faster as batched products: bfloat16, where the fused backward pass is
+    slow, and a learned bias, for which torch has no fused CPU kernel and falls back to one four times as slow.
+    """
+    learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if q.device.type != "cpu" or not (learned or q.dtype == torch.bfloat16):
+        return scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+    q, k, v, scale = q.contiguous(), k.contiguous(), v.contiguous(), q.shape[-1] ** -0.5
+    if bias is None:
+        return (q * scale @ k.mT).softmax(-1) @ v
+    bias = bias.to(q.dtype).expand(*q.shape[:3], k.shape[2]).flatten(0, 1)
+    logits = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
+    return logits.softmax(-1).unflatten(0, q.shape[:2]) @ v
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:

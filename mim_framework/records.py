@@ -327,7 +327,7 @@ class Step:
         return rng.uniform(self.seed, stream, self.positions, n)
 
     def rand_shared(self, stream: str, n: int) -> Tensor:
-        """(1, n) uniform float32 in [0, 1): one draw for all samples of an optimizer step, whatever rank they are on."""
+        """(1, n) uniform float32 in [0, 1): one draw for all samples of an optimizer step, on any rank."""
         index = torch.tensor([self.index], device=self.positions.device)
         return rng.uniform(self.seed, f"{stream} of a step", index, n)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.encoders import TimmEncoder
 from mim_framework.builtins.losses import CrossEntropyLoss, L1Loss, MSELoss
-from mim_framework.builtins.maskers import NoMasker, RandomMasker
+from mim_framework.builtins.maskers import BlockMasker, NoMasker, RandomMasker
 from mim_framework.builtins.targets import FeatureTarget, PixelTarget
+from mim_framework.builtins.vit import MaskTokenViT
 from mim_framework.data.sources import DigitsSource, FolderSource, TorchvisionSource
 from mim_framework.data.views import ImageViews
 from mim_framework.hookspecs import hookimpl
@@ -15,12 +16,12 @@ from mim_framework.objective import MaskedPrediction
 
 @hookimpl
 def mim_maskers():
-    return [RandomMasker, NoMasker]
+    return [RandomMasker, BlockMasker, NoMasker]
 
 
 @hookimpl
 def mim_encoders():
-    return [TimmEncoder]
+    return [TimmEncoder, MaskTokenViT]
 
 
 @hookimpl

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from mim_framework.components import Decoder, Specs
@@ -11,9 +13,17 @@ from mim_framework.records import Latent, Mask, Pred, PredSpec
 
 
 class LinearDecoder(Decoder):
-    """One linear layer on the encoder's tokens, of which there must be one at every position (SimMIM, BEiT)."""
+    """One linear layer on the encoder's tokens, of which there must be one at every position (SimMIM, MaskFeat)."""
 
     name = "linear"
+
+    class Config(Section):
+        norm: bool = False
+        """LayerNorm before the linear layer, for an encoder without a final one (MaskFeat)."""
+        init: Literal["trunc_normal", "torch"] = "trunc_normal"
+        """Initial weights: truncated normal of 0.02 and zero biases, or PyTorch's default (SimMIM)."""
+
+    config: Config
 
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
@@ -25,12 +35,14 @@ class LinearDecoder(Decoder):
         if specs.target.grid != specs.encoder.grid:
             raise ValueError(f"decoder 'linear': target grid {specs.target.grid}, encoder grid {specs.encoder.grid}")
         self.grid = specs.encoder.grid
+        self.norm = nn.LayerNorm(specs.encoder.dim, eps=1e-6) if self.config.norm else nn.Identity()
         self.head = nn.Linear(specs.encoder.dim, specs.target.dim)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        if self.config.init == "trunc_normal":
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
         self.spec = PredSpec("probs" if specs.target.kind in ("ids", "probs") else "dense", specs.target.dim, self.grid)
 
     def forward(self, latent: Latent, mask: Mask) -> Pred:
         ids = mask.at(self.grid).ids_predict
         tokens = latent.tokens if ids is None else gather_tokens(latent.tokens, ids)
-        return Pred(self.head(tokens), self.grid, ids)
+        return Pred(self.head(self.norm(tokens)), self.grid, ids)

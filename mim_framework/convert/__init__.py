@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mim_framework.convert.exporting import export_run
 from mim_framework.convert.importing import ImportReport, import_checkpoint
-from mim_framework.convert.positions import resize_position_table
+from mim_framework.convert.positions import resize_bias_table, resize_position_table
 from mim_framework.convert.reading import ForeignCheckpoint, read_checkpoint
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "export_run",
     "import_checkpoint",
     "read_checkpoint",
+    "resize_bias_table",
     "resize_position_table",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mim_framework.build import build_model
 from mim_framework.components import CheckpointFormat
-from mim_framework.convert.positions import resize_position_table
+from mim_framework.convert.positions import resize_bias_table, resize_position_table
 from mim_framework.convert.reading import ForeignCheckpoint, read_checkpoint
 from mim_framework.errors import CheckpointError
 from mim_framework.plugins import Registry
@@ -101,7 +102,7 @@ def import_checkpoint(
     resized = {}
     for name, tensor in found.items():
         if name in wanted and tensor.shape != wanted[name].shape:
-            found[name] = _fit(name, tensor, wanted[name], model.specs.encoder.grid, file)
+            found[name] = _fit(name, tensor, wanted[name], model.specs.encoder.grid, checkpoint_format, file)
             resized[name] = tuple(tensor.shape), tuple(wanted[name].shape)
     kept = {name: tensor.contiguous() for name, tensor in found.items() if name in wanted}
     folder = output or Path(file.stem)
@@ -138,13 +139,21 @@ def _format_for(state: dict[str, Tensor], file: Path, registry: Registry, layout
     return next(iter(fitting.values()))
 
 
-def _fit(name: str, tensor: Tensor, wanted: Tensor, grid: Grid, file: Path) -> Tensor:
-    """A position table of another square grid, interpolated; any other difference in shape is an error."""
+def _fit(
+    name: str, tensor: Tensor, wanted: Tensor, grid: Grid, checkpoint_format: CheckpointFormat, file: Path
+) -> Tensor:
+    """A position or bias table of another square grid, interpolated; any other difference in shape is an error."""
     if name.endswith("pos_embed") and tensor.ndim == wanted.ndim == 3 and tensor.shape[2] == wanted.shape[2]:
+        if name.endswith("absolute_pos_embed"):  # of the tokens that enter a hierarchical encoder
+            side = isqrt(wanted.shape[1])
+            grid = Grid((side, side))
         num_prefix_tokens = wanted.shape[1] - grid.num_patches
         side = isqrt(max(0, tensor.shape[1] - num_prefix_tokens))
         if side**2 + num_prefix_tokens == tensor.shape[1]:
             return resize_position_table(tensor, Grid((side, side)), grid)
+    if name.endswith("relative_position_bias_table") and tensor.shape[1:] == wanted.shape[1:]:
+        with suppress(ValueError):
+            return resize_bias_table(tensor, len(wanted), checkpoint_format.bias_tables)
     raise CheckpointError(f"{file}: '{name}' is {tuple(tensor.shape)}, the model needs {tuple(wanted.shape)}")
 
 

@@ -1,6 +1,9 @@
-"""Position tables for another image size."""
+"""Position tables and tables of relative position biases for another image or window size."""
 
 from __future__ import annotations
+
+from math import isqrt
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,3 +29,79 @@ def resize_position_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
     image = patches.unflatten(1, old.shape).permute(0, 3, 1, 2)
     resized = interpolate(image.float(), size=new.shape, mode="bicubic", align_corners=False)
     return torch.cat([prefix, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+def resize_bias_table(table: Tensor, num_rows: int, method: Literal["geometric", "bicubic"]) -> Tensor:
+    """table (rows, heads) of relative position biases in a square window -> (num_rows, heads); kept: rows of tokens.
+
+    `geometric` takes the known values to stand at distances from the centre that grow geometrically, so that near
+    positions keep theirs, and reads a cubic spline through them (BEiT, `run_class_finetuning.py`; SimMIM). `bicubic` is
+    a plain resize (MixMIM).
+
+    Raises:
+        ValueError: if one of the two is no table of a square window, or only one has rows for a class token.
+    """
+    (old, old_extra), (new, new_extra) = _square_window(len(table)), _square_window(num_rows)
+    if old_extra != new_extra:
+        raise ValueError(f"a bias table of {len(table)} rows cannot be resized to {num_rows}")
+    if old == new:
+        return table
+    patches, extra = table[: len(table) - old_extra], table[len(table) - old_extra :]
+    image = patches.t().unflatten(1, (2 * old - 1, 2 * old - 1))
+    if old == 1:
+        resized = image.expand(-1, 2 * new - 1, 2 * new - 1)
+    elif method == "bicubic":
+        size = (2 * new - 1, 2 * new - 1)
+        resized = interpolate(image[None].float(), size=size, mode="bicubic", align_corners=False)[0]
+    else:
+        wanted = torch.arange(-new + 1, new, dtype=torch.float64)
+        matrix = _spline_matrix(_geometric_distances(old - 1, new - 1), wanted)
+        resized = matrix @ image.double() @ matrix.t()
+    return torch.cat([resized.flatten(1).t().to(table.dtype), extra])
+
+
+def _square_window(num_rows: int) -> tuple[int, int]:
+    """(side of the window, rows for a class token) of a bias table."""
+    for extra in (0, 3):
+        side = isqrt(max(0, num_rows - extra))
+        if side**2 == num_rows - extra and side % 2:
+            return (side + 1) // 2, extra
+    raise ValueError(f"a bias table of {num_rows} rows is not that of a square window")
+
+
+def _geometric_distances(num: int, reach: int) -> Tensor:
+    """0 and `num` distances 1, 1 + q, 1 + q + q^2, ... to either side, q such that the last one is `reach`; float64.
+
+    q is at least 1.01, as in the official code: a smaller window is cut out of the larger one, hardly compressed.
+    """
+    low, high = 1.01, max(1.5, float(reach))
+    for _ in range(100):
+        q = (low + high) / 2
+        low, high = (q, high) if sum(q**i for i in range(num)) < reach else (low, q)
+    steps = torch.tensor([q**i for i in range(num)], dtype=torch.float64).cumsum(0)
+    return torch.cat([-steps.flip(0), torch.zeros(1, dtype=torch.float64), steps])
+
+
+def _spline_matrix(x: Tensor, wanted: Tensor) -> Tensor:
+    """(M, N): values at x (N) -> values at wanted (M) of the cubic spline through them, not-a-knot at its ends.
+
+    Through fewer than four points a line from each to the next.
+    """
+    num, step = len(x), x.diff()
+    curvature = torch.zeros(num, num, dtype=x.dtype)  # second derivatives at x for the values at x
+    if num >= 4:
+        system, values = torch.zeros_like(curvature), torch.zeros_like(curvature)
+        for i in range(1, num - 1):
+            before, after = step[i - 1], step[i]
+            system[i, i - 1 : i + 2] = torch.stack([before, 2 * (before + after), after])
+            values[i, i - 1 : i + 2] = torch.stack([6 / before, -6 / before - 6 / after, 6 / after])
+        system[0, :3] = torch.stack([step[1], -step[0] - step[1], step[0]])
+        system[-1, -3:] = torch.stack([step[-1], -step[-2] - step[-1], step[-2]])
+        curvature = torch.linalg.solve(system, values)
+    unit = torch.eye(num, dtype=x.dtype)
+    left = (torch.searchsorted(x, wanted, right=True) - 1).clamp(0, num - 2)
+    width = step[left, None]
+    b = (wanted[:, None] - x[left, None]) / width
+    a = 1 - b
+    bend = (a**3 - a) * curvature[left] + (b**3 - b) * curvature[left + 1]
+    return a * unit[left] + b * unit[left + 1] + bend * width**2 / 6

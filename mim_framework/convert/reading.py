@@ -6,6 +6,7 @@ import argparse
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ SAFE_GLOBALS: list[Any] = [
     *{type(np.dtype(name)) for name in ("bool", "int32", "int64", "uint8", "float16", "float32", "float64")},
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
+    (OrderedDict, "yacs.config.CfgNode"),  # the configuration in checkpoints of SimMIM and Swin, as a plain dictionary
 ]
 """What a file may name besides tensors and plain containers: parsed options and numbers of a training script."""
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mim_framework.builtins.maskers import NoMasker, RandomMasker, mask_from_noise
+from mim_framework import rng
+from mim_framework.builtins.maskers import (
+    MAX_ATTEMPTS,
+    NUMBERS_PER_ATTEMPT,
+    BlockMasker,
+    NoMasker,
+    RandomMasker,
+    complete,
+    draw_blocks,
+    mask_from_noise,
+)
 from mim_framework.components import Specs
 from mim_framework.records import EncoderSpec, Grid, Step, ViewSpec
 
@@ -85,3 +95,100 @@ def test_no_masker_hides_nothing_and_predicts_everything():
     mask = masker(step_at([0, 1]), {}).masks["x"]
     assert not mask.hidden.any()
     assert mask.where.all()
+
+
+# --- blocks; official statistics are in tests/parity -----------------------------------------------------------------
+
+
+def block_masker(img_size: int = 224, **options) -> BlockMasker:
+    return BlockMasker(BlockMasker.Config(**options), specs(img_size))
+
+
+def rectangle(area: float, aspect: float, top: float, left: float) -> list[float]:
+    """The uniform numbers of an attempt on a 4x4 grid: aspect 0 = widest, 0.5 = square."""
+    return [area, aspect, top, left]
+
+
+def picture(hidden: torch.Tensor) -> list[str]:
+    return ["".join(".#"[cell] for cell in row) for row in hidden.reshape(4, 4).int().tolist()]
+
+
+def test_blocks_by_hand():
+    grid, square = Grid((4, 4)), 0.5
+    rand = torch.tensor([[*rectangle(0.0, square, 0.0, 0.0), *rectangle(0.0, square, 0.5, 0.5)]])
+    hidden = draw_blocks(rand, grid, 7, min_num_patches=4)
+    assert picture(hidden) == ["##..", "###.", ".##.", "...."]  # 2x2 at (0, 0), then 2x2 at (1, 1)
+    assert picture(draw_blocks(rand, grid, 6, min_num_patches=4))[2] == "...."  # the second would be one too many
+
+
+def test_a_block_as_long_as_the_grid_or_without_a_new_patch_is_tried_again_by_hand():
+    grid, square = Grid((4, 4)), 0.5
+    too_long = rectangle(1.0, 0.0, 0.0, 0.0)  # area 7, aspect 0.3: 1 x 5
+    small = rectangle(0.0, square, 0.0, 0.0)
+    elsewhere = rectangle(0.0, square, 0.99, 0.99)
+    hidden = draw_blocks(torch.tensor([[*too_long, *small, *small, *elsewhere]]), grid, 8, min_num_patches=4)
+    assert picture(hidden) == ["##..", "##..", "..##", "..##"]
+
+
+def test_after_ten_failures_an_image_is_finished_unless_told_to_go_on():
+    grid = Grid((4, 4))
+    small = rectangle(0.0, 0.5, 0.0, 0.0)
+    rand = torch.tensor([[*(small * 11), *rectangle(0.0, 0.5, 0.99, 0.99)]])
+    assert draw_blocks(rand, grid, 8, min_num_patches=4).sum() == 4
+    assert draw_blocks(rand, grid, 8, min_num_patches=4, give_up=False).sum() == 8
+    assert picture(draw_blocks(rand, grid, 8, min_num_patches=4, give_up=False, last_edge=False))[3] == "...."
+
+
+def test_completion_hides_the_visible_patches_of_least_noise_by_hand():
+    hidden = torch.tensor([[True, False, False, False], [False, False, False, False]])
+    noise = torch.tensor([[0.9, 0.3, 0.1, 0.2], [0.4, 0.3, 0.1, 0.2]])
+    assert complete(hidden, noise, 2).int().tolist() == [[1, 0, 1, 0], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("rule", ["exact", "mmpretrain"])
+def test_exact_rules_hide_the_same_number_in_every_image(rule: str):
+    masker = block_masker(mask_ratio=0.4, rule=rule)
+    mask = masker(step_at(list(range(64))), {}).masks["x"]
+    mask.validate()
+    assert masker.spec.equal
+    assert mask.num_hidden == masker.spec.num_hidden == 78
+    assert bool(mask.hidden.reshape(-1, 14, 14)[:, -1].any()) == (rule == "exact")
+
+
+def test_stopping_short_hides_at_most_the_number_and_promises_nothing():
+    masker = block_masker(num_hidden=75, min_num_patches=16, rule="stop_short")
+    mask = masker(step_at(list(range(64))), {}).masks["x"]
+    counts = mask.hidden.sum(1)
+    assert not masker.spec.equal
+    assert not mask.equal
+    assert counts.max() == 75
+    assert 60 < counts.min() < 75
+
+
+def test_blocks_depend_on_the_position_alone():
+    masker = block_masker()
+    together = masker(step_at([5, 6, 7]), {}).masks["x"].hidden
+    alone = masker(step_at([6]), {}).masks["x"].hidden
+    assert torch.equal(together[1], alone[0])
+    assert not torch.equal(together[0], together[1])
+
+
+def test_more_attempts_would_change_nothing():
+    rand = rng.uniform(1, "mask", torch.arange(2000), 2 * MAX_ATTEMPTS * NUMBERS_PER_ATTEMPT)
+    options = {"grid": Grid((14, 14)), "num_hidden": 75, "min_num_patches": 16}
+    fewer = draw_blocks(rand[:, : MAX_ATTEMPTS * NUMBERS_PER_ATTEMPT], **options)
+    assert torch.equal(draw_blocks(rand, **options), fewer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_hidden": 196}, "num_hidden 196 hides 196 of the 196 patches"),
+        ({"mask_ratio": 0.001}, "mask_ratio 0.001 hides 0 of the 196 patches"),
+        ({"num_hidden": 10, "min_num_patches": 11}, "min_num_patches 11 is more than the 10 to hide"),
+        ({"mask_patch_size": 15}, "image size 224x224 is not a multiple of mask_patch_size 15"),
+    ],
+)
+def test_blocks_that_cannot_be_are_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        block_masker(**options)

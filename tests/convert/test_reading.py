@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from argparse import Namespace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -103,3 +105,24 @@ def test_other_files_end_in_an_error_that_names_them(tmp_path: Path):
     (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:200])
     with pytest.raises(CheckpointError, match=r"cut\.pth cannot be read"):
         read_checkpoint(tmp_path / "cut.pth")
+
+
+def test_a_yacs_configuration_is_read_as_a_plain_dictionary_without_yacs(tmp_path, monkeypatch):
+    class CfgNode(dict):
+        """Pickles as yacs' own does: by class, items and attributes."""
+
+        def __init__(self, values):
+            super().__init__(values)
+            self.__dict__["_immutable"] = False
+
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    yacs = ModuleType("yacs.config")
+    yacs.CfgNode = CfgNode
+    monkeypatch.setitem(sys.modules, "yacs", ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", yacs)
+    torch.save(
+        {"model": {"a": torch.ones(2)}, "config": CfgNode({"DATA": CfgNode({"IMG_SIZE": 192})})}, tmp_path / "f.pth"
+    )
+    monkeypatch.undo()
+    assert "yacs" not in sys.modules
+    assert read_checkpoint(tmp_path / "f.pth").state["a"].tolist() == [1, 1]

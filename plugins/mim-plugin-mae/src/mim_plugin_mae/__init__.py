@@ -13,7 +13,7 @@ from pydantic import Field
 from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 
 from mim_framework import (
     Ask,
@@ -27,6 +27,7 @@ from mim_framework import (
     PredSpec,
     Section,
     Specs,
+    attend,
     gather_tokens,
     hookimpl,
     patchify,
@@ -35,15 +36,6 @@ from mim_framework import (
 from mim_plugin_mae.checkpoints import MMPretrainCheckpoint, OfficialCheckpoint, TimmCheckpoint
 
 norm_layer = partial(nn.LayerNorm, eps=1e-6)  # models_mae.py: eps of every LayerNorm
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention, (B, heads, T, d) each."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # Three batched products take half the time of the fused kernel, whose backward pass is slow in this case.
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
-    return scaled_dot_product_attention(q, k, v)
 
 
 class SelfAttention(Attention):
