@@ -110,11 +110,11 @@ def build_optimizers(recipe: Recipe, objective: Objective, total_batch_size: int
 
 
 def exempt_names(objective: nn.Module) -> set[str]:
-    """Full names of the parameters that some module of the objective exempts from weight decay."""
+    """Full names of the parameters that components exempt from weight decay; each speaks for all modules inside it."""
     return {
         f"{path}.{name}" if path else name
         for path, module in objective.named_modules()
-        if hasattr(module, "no_weight_decay")  # timm's modules have it too
+        if isinstance(module, Component)
         for name in module.no_weight_decay()
     }
 

@@ -112,7 +112,10 @@ class Component(nn.Module):
             return super().__call__(*args, **kwargs)
 
     def no_weight_decay(self) -> Iterable[str]:
-        """Names of own parameters, besides biases and other 1-D ones, that are exempt from weight decay."""
+        """Names of parameters inside, besides biases and other 1-D ones, that are exempt from weight decay.
+
+        A component speaks for all modules inside it: those of timm that have such a method are not asked.
+        """
         return ()
 
     def repeated_blocks(self) -> Sequence[nn.Module]:
@@ -181,6 +184,13 @@ class Target(Component):
         """A picture of a prediction, (B, C, H, W) in the scale of `view`, or None if the target is not an image.
 
         Visible patches are pasted from `view`.
+        """
+        return None
+
+    def draw(self, pred: Pred, mask: Mask, view: Tensor) -> Tensor | None:
+        """A drawing of a prediction that is no image itself, such as its edges, or None.
+
+        (B, 1 or C, f * H, f * W) in [0, 1], with a whole number f; asked for if `reconstruct` gives no picture.
         """
         return None
 

@@ -178,7 +178,9 @@ def test_plugins_are_listed_and_shown_without_importing_them(mim, install_plugin
     install_plugin("broken", "def f(:\n")
     result = mim("plugins", "list")
     assert result.exit_code == 0
-    assert "builtins 0.1.0 (mim-framework)\n  masker: random, none\n" in result.output.replace(__version__, "0.1.0")
+    assert "builtins 0.1.0 (mim-framework)\n  masker: random, block, none\n" in result.output.replace(
+        __version__, "0.1.0"
+    )
     assert (
         "spiral 1.2 (mim-plugin-spiral)\n  loss: a\n  masker: (known when loaded)\n  recipes: swirl\n"
         "  listens to: mim_run_started\n" in result.output

@@ -65,6 +65,11 @@ class TimmEncoder(Encoder):
             accepts=frozenset({"none"}),
         )
 
+    def no_weight_decay(self) -> list[str]:
+        """What timm exempts."""
+        named = getattr(self.model, "no_weight_decay", tuple)()
+        return [f"model.{name}" for name in named]
+
     def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent:
         features = self.model.forward_features(view)
         if features.ndim == 3:

@@ -153,8 +153,8 @@ class MaskTokenViT(Encoder):
         """Learned biases of the attention by relative position: none, one table for all blocks, or one for each."""
         qkv_bias: Literal["full", "qv", "none"] = "full"
         """Biases of query, key and value: all, query and value only (BEiT), or none."""
-        layer_scale: float | None = Field(None, gt=0)
-        """Initial value of a learned factor on every channel of each residual branch; null for none."""
+        layer_scale: float | None = Field(None, ge=0)
+        """Initial value of a learned factor on every channel of each residual branch; null or 0 for none (BEiT)."""
         final_norm: bool = True
         """LayerNorm after the last block."""
 
@@ -188,7 +188,7 @@ class MaskTokenViT(Encoder):
                 c.num_heads,
                 c.mlp_ratio,
                 qkv_bias=c.qkv_bias,
-                layer_scale=c.layer_scale,
+                layer_scale=c.layer_scale or None,
                 drop_path=rate,
                 table_grid=grid if c.relative_bias == "per_block" else None,
             )

@@ -1,0 +1,255 @@
+"""SimMIM (Xie et al. 2021, arXiv 2111.09886): mask tokens inside an ordinary encoder, one linear layer, raw pixels, L1.
+
+Start at `SwinEncoder.forward`, or at `MaskTokenViT.forward` in the core for the ViT. A step is the encoder between the
+core's `random` masker on 32-pixel cells, `linear` decoder, `pixels` target and `l1` loss. The layouts of official
+checkpoints are in `checkpoints.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from timm.layers import set_fused_attn, use_fused_attn
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import Tensor, nn
+
+from mim_framework import Ask, Encoder, EncoderSpec, Grid, Latent, Mask, Section, Specs, hookimpl
+from mim_framework.builtins.vit import MaskTokenViT
+from mim_plugin_simmim.checkpoints import (
+    MMPretrainSwinCheckpoint,
+    OfficialSwinCheckpoint,
+    OfficialViTCheckpoint,
+    TimmSwinCheckpoint,
+    TimmViTCheckpoint,
+)
+
+PER_STAGE = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)]
+POSITION_WEIGHTS = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
+
+
+class SwinEncoder(Encoder):
+    """timm's Swin; a learned mask token replaces hidden tokens after the patch embedding and its norm."""
+
+    name = "simmim_swin"
+    model: type[nn.Module] = SwinTransformer
+
+    class Config(Section):
+        patch_size: int = Field(4, gt=0)
+        """Side of a patch in pixels at the input; every stage but the first halves the grid."""
+        embed_dim: int = Field(128, gt=0)
+        """Width of the first stage; it doubles with every stage."""
+        depths: PER_STAGE = (2, 2, 18, 2)
+        """Blocks of each stage."""
+        num_heads: PER_STAGE = (4, 8, 16, 32)
+        """Attention heads of each stage."""
+        window_size: int = Field(6, gt=0)
+        """Side of an attention window in tokens; a stage whose grid is no larger has one window and no shift."""
+        mlp_ratio: float = Field(4.0, gt=0)
+        """Hidden width of the MLPs, as a multiple of the width."""
+        drop_path_rate: float = Field(0.0, ge=0, lt=1)
+        """Stochastic depth of the last block, growing linearly from 0 at the first."""
+        absolute_position: bool = False
+        """Learned positions added to the tokens, mask tokens included (officially `APE`)."""
+        decay_bias_tables: bool = True
+        """Weight decay for what encodes relative positions, as the official pre-training does by accident; false
+        exempts it, as the official fine-tuning does."""
+
+    config: Config
+
+    def __init__(self, config: Section, specs: Specs) -> None:
+        super().__init__(config, specs)
+        view, c = specs.view("x"), self.config
+        num_stages = len(c.depths)
+        if len(c.num_heads) != num_stages:
+            raise ValueError(f"depths {list(c.depths)} and num_heads {list(c.num_heads)} need as many stages")
+        stride = c.patch_size * 2 ** (num_stages - 1)
+        height, width = view.img_size
+        if height % stride or width % stride:
+            raise ValueError(f"image size {height}x{width} is not a multiple of {stride}, the stride of the last stage")
+        for stage, heads in enumerate(c.num_heads):
+            if c.embed_dim * 2**stage % heads:
+                raise ValueError(f"width {c.embed_dim * 2**stage} of stage {stage} is not a multiple of {heads} heads")
+
+        with fused_attention():
+            self.swin = self.model(
+                img_size=view.img_size,
+                patch_size=c.patch_size,
+                in_chans=view.in_chans,
+                num_classes=0,
+                embed_dim=c.embed_dim,
+                depths=c.depths,
+                num_heads=c.num_heads,
+                window_size=c.window_size,
+                mlp_ratio=c.mlp_ratio,
+                drop_path_rate=c.drop_path_rate,
+            )
+        for block in self.repeated_blocks():
+            if block.attn_mask is not None:
+                # timm has the official -100: exp(-100) is a denormal number, on which processors are slow. The weights
+                # are the same to the last digit.
+                block.attn_mask.masked_fill_(block.attn_mask < 0, -torch.inf)
+        self.input_grid = Grid((height // c.patch_size, width // c.patch_size))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.absolute_pos_embed = None
+        if c.absolute_position:
+            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, self.input_grid.num_patches, c.embed_dim))
+            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+
+        sides = [(c.embed_dim * 2**s, Grid((height // c.patch_size >> s, width // c.patch_size >> s)))
+                 for s, depth in enumerate(c.depths) for _ in range(depth)]  # fmt: skip
+        self.spec = EncoderSpec(
+            dim=sides[-1][0],
+            grid=sides[-1][1],
+            stride=stride,
+            depth=len(sides),
+            num_heads=c.num_heads[-1],
+            in_chans=view.in_chans,
+            offers=Ask(layers=frozenset(range(len(sides)))),
+            layers=dict(enumerate(sides)),
+        )
+
+    def no_weight_decay(self) -> Iterable[str]:
+        """Mask token and absolute positions; tables of relative positions if the recipe says so."""
+        tables = () if self.config.decay_bias_tables else position_weights(self)
+        return ("mask_token", "absolute_pos_embed", *tables)
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        return [block for stage in self.swin.layers for block in stage.blocks]
+
+    def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent:
+        """view (B, C, H, W) -> tokens (B, N, D) on the grid of the last stage."""
+        x = self.embed(view, mask.at(self.input_grid))
+        layers: dict[int, Tensor] = {}
+        number = 0
+        for stage in self.swin.layers:
+            x = stage.downsample(x)
+            for block in stage.blocks:
+                x = block(x)
+                if number in ask.layers:
+                    layers[number] = x.flatten(1, 2)
+                number += 1
+        return Latent(self.final_norm(x.flatten(1, 2)), self.spec.grid, layers=layers)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.swin.norm(x)
+
+    def embed(self, view: Tensor, mask: Mask) -> Tensor:
+        """view (B, C, H, W) -> (B, h, w, D) with the mask token where nothing may be seen."""
+        x = self.swin.patch_embed(view)
+        if mask.num_hidden != 0 or self.training:  # an unused mask token would stop distributed training
+            hidden = mask.hidden.unflatten(1, self.input_grid.shape)[..., None]
+            x = torch.where(hidden, self.mask_token, x)
+        if self.absolute_pos_embed is not None:
+            x = x + self.absolute_pos_embed.unflatten(1, self.input_grid.shape)
+        return x
+
+
+class SwinV2Encoder(SwinEncoder):
+    """timm's SwinV2: cosine attention, continuous position biases, norms after the residual branches."""
+
+    name = "simmim_swinv2"
+    model = SwinTransformerV2
+
+
+class SimMIMViT(MaskTokenViT):
+    """ViT in the manner of BEiT: shared relative position biases, layer scale, no bias of the key, no positions."""
+
+    name = "simmim_vit"
+
+    class Config(MaskTokenViT.Config):
+        position: Literal["learned", "sincos", "none"] = "none"
+        """Absolute positions added to the tokens: learned ones, MAE's fixed table, or none."""
+        relative_bias: Literal["none", "shared", "per_block"] = "shared"
+        """Learned biases of the attention by relative position: none, one table for all blocks, or one for each."""
+        qkv_bias: Literal["full", "qv", "none"] = "qv"
+        """Biases of query, key and value: all, query and value only, or none."""
+        layer_scale: float | None = Field(0.1, ge=0)
+        """Initial value of a learned factor on every channel of each residual branch; null or 0 for none."""
+        decay_bias_tables: bool = True
+        """Weight decay for tables of relative positions, as in the official pre-training; false exempts them."""
+
+    config: Config
+
+    def init_weights(self) -> None:
+        """As officially: normal of 0.02 cut at one standard deviation, residual branches smaller with depth."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        trunc_normal(self.patch_embed.proj.weight)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for name in ("cls_token", "mask_token", "pos_embed"):
+            if isinstance(parameter := getattr(self, name), nn.Parameter):
+                trunc_normal(parameter)
+        self.rescale_by_depth()
+
+    def no_weight_decay(self) -> tuple[str, ...]:
+        """Class token and absolute positions; the mask token does decay."""
+        tables = () if self.config.decay_bias_tables else position_weights(self)
+        return ("cls_token", "pos_embed", *tables)
+
+
+def trunc_normal(tensor: Tensor) -> None:
+    """Standard deviation 0.02 before it is cut at -0.02 and 0.02 (vision_transformer.py)."""
+    nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
+
+
+def position_weights(module: nn.Module) -> Iterator[str]:
+    """Names of the parameters that encode relative positions."""
+    return (name for name, _ in module.named_parameters() if any(key in name for key in POSITION_WEIGHTS))
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """timm's switch for fused attention in Swin, off by default, on while a model is built."""
+    level = use_fused_attn(experimental=False) + use_fused_attn(experimental=True)
+    set_fused_attn(True, experimental=True)
+    try:
+        yield
+    finally:
+        set_fused_attn(level > 0, experimental=level > 1)
+
+
+def vit_layer_id(name: str, depth: int) -> int:
+    """Layer id for fine-tuning of ids 0 to depth + 1; shared bias tables, norms and head have the last."""
+    if block := re.match(r"blocks\.(\d+)\.", name):
+        return int(block[1]) + 1
+    return 0 if name in ("cls_token", "mask_token", "pos_embed") or name.startswith("patch_embed") else depth + 1
+
+
+def swin_layer_id(name: str, depths: tuple[int, ...]) -> int:
+    """Layer id for fine-tuning of ids 0 to sum(depths) + 1, for official names.
+
+    A merging layer goes with the last block of the stage that it ends. Official: absolute positions get the last id.
+    """
+    if name == "mask_token" or name.startswith("patch_embed"):
+        return 0
+    if block := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name):
+        return sum(depths[: int(block[1])]) + int(block[2]) + 1
+    if merging := re.match(r"layers\.(\d+)\.downsample\.", name):
+        return sum(depths[: int(merging[1]) + 1])
+    return sum(depths) + 1
+
+
+@hookimpl
+def mim_encoders():
+    return [SwinEncoder, SwinV2Encoder, SimMIMViT]
+
+
+@hookimpl
+def mim_checkpoint_formats():
+    return [
+        OfficialSwinCheckpoint,
+        OfficialViTCheckpoint,
+        MMPretrainSwinCheckpoint,
+        TimmSwinCheckpoint,
+        TimmViTCheckpoint,
+    ]

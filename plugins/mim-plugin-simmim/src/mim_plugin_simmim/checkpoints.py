@@ -1,0 +1,252 @@
+"""Where SimMIM's weights are found in the checkpoints of other code bases.
+
+Three things differ besides names. The official head orders the values of a cell (channel, row, column), our `pixels`
+target (row, column, channel). timm merges patches at the start of a stage, official code at the end of the one before.
+mmpretrain merges with `Unfold`, which puts channels before places.
+"""
+
+from __future__ import annotations
+
+import re
+from math import isqrt
+from typing import Any
+
+from torch import Tensor
+
+from mim_framework import CheckpointFormat
+
+ENCODER, HEAD = "encoder.", "heads.main.decoder.head."
+COMPUTED = ("relative_position_index", "attn_mask", "relative_coords_table")
+"""Buffers in checkpoints that follow from the sizes."""
+VIT_HEADS_OF_WIDTH = {768: 12, 1024: 16}
+IN_CHANS = 3
+
+
+def is_table(name: str) -> bool:
+    return name.endswith("relative_position_bias_table")
+
+
+def head_to_ours(tensor: Any) -> Any:
+    """Rows of the head (channel, row, column) -> (row, column, channel), as a linear layer. Other values stay."""
+    if not isinstance(tensor, Tensor):
+        return tensor
+    side = isqrt(len(tensor) // IN_CHANS)
+    rows = tensor.flatten(1) if tensor.ndim > 1 else tensor
+    return rows.unflatten(0, (IN_CHANS, side * side)).transpose(0, 1).flatten(0, 1).contiguous()
+
+
+def head_to_official(tensor: Tensor) -> Tensor:
+    """The inverse, as a convolution of one pixel."""
+    rows = tensor.unflatten(0, (-1, IN_CHANS)).transpose(0, 1).flatten(0, 1).contiguous()
+    return rows[..., None, None] if tensor.ndim > 1 else rows
+
+
+def shift_merging(name: str, by: int) -> str:
+    """`layers.S.downsample.` counted at the start of a stage instead of the end of the one before, or back."""
+    return re.sub(r"layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + by}.downsample.", name)
+
+
+class OfficialViTCheckpoint(CheckpointFormat):
+    """microsoft/SimMIM, ViT: encoder and head of a pre-training checkpoint."""
+
+    name = "simmim_vit_official"
+    encoders = frozenset({"simmim_vit"})
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        return {
+            "encoder.mask_token",
+            "encoder.cls_token",
+            "encoder.blocks.0.attn.q_bias",
+            "decoder.0.weight",
+        } <= state.keys()
+
+    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        patch_size = state["encoder.patch_embed.proj.weight"].shape[-1]
+        dim = state["encoder.mask_token"].shape[-1]
+        shared = "encoder.rel_pos_bias.relative_position_bias_table" in state
+        table = state.get("encoder.rel_pos_bias.relative_position_bias_table")
+        if table is None:
+            table = state.get("encoder.blocks.0.attn.relative_position_bias_table")
+        positions = state.get("encoder.pos_embed")
+        side = (isqrt(len(table) - 3) + 1) // 2 if table is not None else isqrt(positions.shape[1] - 1)
+        gamma = state.get("encoder.blocks.0.gamma_1")
+        return slots(
+            side * patch_size,
+            {
+                "type": "simmim_vit",
+                "patch_size": patch_size,
+                "embed_dim": dim,
+                "depth": len({name.split(".")[2] for name in state if name.startswith("encoder.blocks.")}),
+                "num_heads": VIT_HEADS_OF_WIDTH.get(dim) if table is None else table.shape[1],
+                "mlp_ratio": len(state["encoder.blocks.0.mlp.fc1.weight"]) / dim,
+                "position": "none" if positions is None else "learned",
+                "relative_bias": "shared" if shared else "none" if table is None else "per_block",
+                "layer_scale": 0.0 if gamma is None else 0.1,  # the initial value, which no tensor tells
+            },
+        )
+
+    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        imported = {}
+        for name, tensor in state.items():
+            if name.endswith(COMPUTED):
+                continue
+            if name.startswith("decoder.0."):
+                imported[HEAD + name.removeprefix("decoder.0.")] = head_to_ours(tensor)
+            else:
+                imported[self.our_name(name)] = tensor
+        return imported
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The encoder, and the head if the run has a linear one for pixels."""
+        exported = {self.official_name(name): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
+        for part in ("weight", "bias"):
+            if HEAD + part in state and len(state[HEAD + part]) % IN_CHANS == 0:
+                exported[f"decoder.0.{part}"] = head_to_official(state[HEAD + part])
+        return exported
+
+    def our_name(self, name: str) -> str:
+        return name
+
+    def official_name(self, name: str) -> str:
+        return name
+
+
+class OfficialSwinCheckpoint(OfficialViTCheckpoint):
+    """microsoft/SimMIM, Swin: encoder and head of a pre-training checkpoint."""
+
+    name = "simmim_swin_official"
+    encoders = frozenset({"simmim_swin"})
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        return {"encoder.mask_token", "encoder.layers.0.blocks.0.attn.qkv.bias", "decoder.0.weight"} <= state.keys()
+
+    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        blocks = {tuple(map(int, match.groups())) for name in state
+                  if (match := re.match(r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.", name))}  # fmt: skip
+        depths = [len([s for s, _ in blocks if s == stage]) for stage in range(1 + max(s for s, _ in blocks))]
+        tables = [
+            state[f"encoder.layers.{stage}.blocks.0.attn.relative_position_bias_table"] for stage in range(len(depths))
+        ]
+        patch_size = state["encoder.patch_embed.proj.weight"].shape[-1]
+        dim = state["encoder.mask_token"].shape[-1]
+        return slots(
+            self.img_size(state, depths, patch_size),
+            {
+                "type": "simmim_swin",
+                "patch_size": patch_size,
+                "embed_dim": dim,
+                "depths": depths,
+                "num_heads": [table.shape[1] for table in tables],
+                "window_size": (isqrt(len(tables[0])) + 1) // 2,
+                "mlp_ratio": len(state["encoder.layers.0.blocks.0.mlp.fc1.weight"]) / dim,
+                "absolute_position": "encoder.absolute_pos_embed" in state,
+            },
+        )
+
+    def img_size(self, state: dict[str, Tensor], depths: list[int], patch_size: int) -> int | None:
+        """From the positions, or the shift masks of official files (windows, tokens, tokens); None without."""
+        if "encoder.absolute_pos_embed" in state:
+            return isqrt(state["encoder.absolute_pos_embed"].shape[1]) * patch_size
+        masks = [name for name in state if name.endswith("attn_mask")]
+        if not masks:
+            return None
+        stage, mask = int(masks[0].split(".")[2]), state[masks[0]]
+        return isqrt(len(mask)) * isqrt(mask.shape[1]) * patch_size * 2**stage
+
+    def our_name(self, name: str) -> str:
+        inner = name.removeprefix(ENCODER)
+        if inner in ("mask_token", "absolute_pos_embed"):
+            return name
+        return f"{ENCODER}swin.{shift_merging(inner, +1)}"
+
+    def official_name(self, name: str) -> str:
+        return shift_merging(name.replace("encoder.swin.", ENCODER, 1), -1)
+
+
+class MMPretrainSwinCheckpoint(OfficialSwinCheckpoint):
+    """open-mmlab/mmpretrain's SimMIM, which has Swin only. Read, never written."""
+
+    name = "simmim_swin_mmpretrain"
+    renames = (
+        (r"^neck\.decoder\.0\.", "decoder.0."),
+        (r"^backbone\.norm3\.", "encoder.norm."),
+        (r"^backbone\.", "encoder."),
+        (r"\.stages\.", ".layers."),
+        (r"\.projection\.", ".proj."),
+        (r"\.attn\.w_msa\.", ".attn."),
+        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+        (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+    )
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        return {"backbone.mask_token", "backbone.stages.0.blocks.0.attn.w_msa.qkv.weight"} <= state.keys()
+
+    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        return super().to_recipe(self.official(state))
+
+    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return super().import_state(self.official(state))
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise ValueError("it can be read only; use 'official'")
+
+    def official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, tensor in state.items():
+            for pattern, replacement in self.renames:
+                name = re.sub(pattern, replacement, name)
+            found[name] = places_first(tensor) if ".downsample." in name else tensor
+        return found
+
+
+def places_first(tensor: Tensor) -> Tensor:
+    """Inputs of a merging layer in the order of `Unfold`, channel by channel -> place by place, columns first."""
+    by_channel = tensor.unflatten(-1, (-1, 4)).transpose(-1, -2)  # (..., 4 places row by row, C)
+    return by_channel[..., [0, 2, 1, 3], :].flatten(-2).contiguous()
+
+
+class TimmSwinCheckpoint(OfficialSwinCheckpoint):
+    """The encoder for timm's `SwinTransformer`, without the mask token."""
+
+    name = "simmim_swin_timm"
+    encoders = frozenset({"simmim_swin", "simmim_swinv2"})
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        return False
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "encoder.absolute_pos_embed" in state:
+            raise ValueError("timm's Swin has no absolute positions (absolute_position: true)")
+        prefix = "encoder.swin."
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+class TimmViTCheckpoint(OfficialViTCheckpoint):
+    """The encoder for timm's `Beit`, whose blocks each hold a bias table: the shared one is copied into all of them."""
+
+    name = "simmim_vit_timm"
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        return False
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        shared = "rel_pos_bias.relative_position_bias_table"
+        own = {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
+        table = own.pop(shared, None)
+        del own["mask_token"]
+        if table is not None:
+            depth = len({name.split(".")[1] for name in own if name.startswith("blocks.")})
+            own |= {f"blocks.{i}.attn.relative_position_bias_table": table.clone() for i in range(depth)}
+        return own
+
+
+def slots(img_size: int | None, encoder: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's slots around an encoder."""
+    return {
+        "views": {"type": "image", "img_size": img_size},
+        "masker": {"type": "random", "mask_ratio": 0.6, "mask_patch_size": 32, "rounding": "hide_ceil"},
+        "encoder": encoder,
+        "target": {"type": "pixels"},
+        "decoder": {"type": "linear", "init": "torch"},
+        "loss": {"type": "l1"},
+    }
