@@ -16,6 +16,7 @@ import pytest
 from mim_framework.distributed import free_port
 
 ROOT = Path(__file__).parents[1]
+PLUGINS = sorted((ROOT / "plugins").glob("mim-plugin-*"))
 pytestmark = pytest.mark.slow
 TINY = ["train.epochs=null", "train.steps=2", "train.total_batch_size=4", "evaluate.knn=null", "log.tensorboard=false"]
 
@@ -31,7 +32,7 @@ def call(*command: object, cwd: Path, check: bool = True, **environment: str) ->
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("wheels")
-    for project in (ROOT, ROOT / "plugins" / "mim-plugin-mae"):
+    for project in (ROOT, *PLUGINS):
         call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, project, cwd=folder)
     return {path.name.split("-")[0]: path for path in folder.glob("*.whl")}
 
@@ -59,21 +60,36 @@ def test_installed_wheels_list_the_plugin_and_train(clean, wheels, tmp_path):
     assert "mim_framework" not in call(clean / "bin/python", "-c", "import sys; print(sys.path)", cwd=tmp_path).stdout
     listed = call(clean / "bin/mim", "plugins", "list", cwd=tmp_path).stdout
     assert re.search(r"mae_vit", listed)
-    assert "quickstart" in call(clean / "bin/mim-framework", "recipes", "list", cwd=tmp_path).stdout
+    for plugin in PLUGINS:
+        assert re.search(rf"^\w+ [\d.]+ \({plugin.name}\)$", listed, re.MULTILINE), plugin.name
+    recipes = call(clean / "bin/mim-framework", "recipes", "list", cwd=tmp_path).stdout
+    assert "quickstart" in recipes
+    for recipe in ROOT.glob("recipes/*.yaml"):
+        assert re.search(rf"\b{recipe.stem}\b", recipes), recipe.name
     call(clean / "bin/mim", "run", "quickstart", *TINY, cwd=tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "runs/quickstart/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 2
     assert lines[-1]["loss"] > 0
 
 
-def test_without_the_plugin_the_recipe_names_it_in_one_line(clean, wheels, tmp_path):
+def test_a_plugin_that_builds_on_another_trains_from_its_wheel(clean, wheels, tmp_path):
+    install(clean, *(wheels[name] for name in ("mim_framework", "mim_plugin_mae", "mim_plugin_mff")))
+    call(clean / "bin/mim", "run", "mff_quickstart", *TINY, cwd=tmp_path)
+    assert (tmp_path / "runs/mff_quickstart/checkpoints/step_00000002/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "package"),
+    [("quickstart", "mae_vit", "mim-plugin-mae"), ("simmim_quickstart", "simmim_", "mim-plugin-simmim")],
+)
+def test_without_the_plugin_the_recipe_names_it_in_one_line(clean, wheels, tmp_path, name, encoder, package):
     install(clean, wheels["mim_framework"])
-    recipe = (ROOT / "recipes" / "quickstart.yaml").resolve()
+    recipe = (ROOT / "recipes" / f"{name}.yaml").resolve()
     failed = call(clean / "bin/mim", "run", recipe, cwd=tmp_path, check=False)
     assert failed.returncode == 1
     [line] = failed.stderr.strip().splitlines()
-    assert "mae_vit" in line
-    assert "pip install mim-plugin-mae" in line
+    assert encoder in line
+    assert f"pip install {package}" in line
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])

@@ -1,0 +1,142 @@
+"""Every masker, encoder, target, decoder and loss of the installed plugins against one another.
+
+    python docs/make_combinations.py        # writes docs/combinations.md
+
+Each combination is built small and takes one training step, or is refused when the recipe is checked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mim_framework.build import build_model, build_optimizers, make_step, preflight
+from mim_framework.errors import RecipeError
+from mim_framework.plugins import Registry
+from mim_framework.recipe import Recipe
+
+PAGE = Path(__file__).with_name("combinations.md")
+KINDS = ("masker", "encoder", "target", "decoder", "loss")
+
+VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+SWIN = {"patch_size": 4, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
+SMALL: dict[tuple[str, str], dict[str, Any]] = {
+    ("masker", "random"): {"mask_ratio": 0.5},
+    ("masker", "block"): {"mask_ratio": 0.5},
+    ("encoder", "mae_vit"): VIT,
+    ("encoder", "vit"): VIT,
+    ("encoder", "timm"): {"model": "test_vit"},
+    ("encoder", "simmim_vit"): VIT,
+    ("encoder", "simmim_swin"): SWIN,
+    ("encoder", "simmim_swinv2"): SWIN,
+    ("encoder", "maskfeat_vit"): VIT,
+    ("encoder", "maskfeat_mvit"): {"model": "mvitv2_tiny"},
+    ("encoder", "mixmim_swin"): {**SWIN, "window_size": [4, 4]},
+    ("target", "features"): {"teacher": "teacher"},
+    ("target", "hog"): {"cell_size": 4},
+    ("decoder", "mae_decoder"): {"embed_dim": 16, "depth": 1, "num_heads": 2},
+    ("decoder", "mixmim_decoder"): {"embed_dim": 16, "depth": 1, "num_heads": 2},
+}
+"""Options that make a component small; the others have none worth setting."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a combination: names by kind, and why it was refused, or nothing if it trained a step."""
+
+    names: dict[str, str]
+    refusal: str = ""
+
+    def names_both_sides(self) -> bool:
+        """Whether the refusal says which two components do not fit."""
+        return sum(f"'{name}'" in self.refusal or f" {name}: " in self.refusal for name in self.names.values()) >= 2
+
+
+def names_of(registry: Registry) -> dict[str, list[str]]:
+    """Names of all installed components by kind."""
+    return {kind: sorted(registry.classes(kind)) for kind in KINDS}
+
+
+def recipe_of(names: dict[str, str]) -> Recipe:
+    """A small recipe of these components, on made-up images of 32 pixels."""
+    slots = {kind: {"type": name, **SMALL.get((kind, name), {})} for kind, name in names.items()}
+    if names["target"] == "features":  # of a teacher with the student's grid
+        stride = 16 if names["encoder"] == "timm" else 32 if names["encoder"] == "maskfeat_mvit" else 8
+        slots["teachers"] = {"teacher": {"encoder": {"type": "vit", **VIT, "patch_size": stride}}}
+    return Recipe.model_validate(
+        {
+            "name": "combination",
+            "data": {"source": "digits"},
+            "views": {"type": "image", "img_size": 32},
+            **slots,
+            "optim": {"lr": 1e-3, "shape": "constant"},
+            "train": {"total_batch_size": 4, "steps": 1, "device": "cpu", "precision": "float32"},
+            "evaluate": {"knn": None},
+        }
+    )
+
+
+def attempt(names: dict[str, str], registry: Registry) -> Outcome:
+    """Build a combination and take one step with it.
+
+    Raises:
+        AssertionError: if it trains, but not all of it or not to finite numbers.
+    """
+    try:
+        model = build_model(recipe_of(names), registry)
+    except RecipeError as error:
+        return Outcome(names, str(error))
+    device = torch.device("cpu")
+    losses = preflight(model, device)  # of which one condition is that every parameter has a gradient
+    assert all(map(math.isfinite, losses.values())), names
+    [optimizer] = build_optimizers(model.recipe, model.objective, 4).values()
+    step = make_step(model.recipe, torch.arange(4), teachers=model.teachers.session())
+    loss = sum(model.objective(step, model.views.prepare(step, model.views.example(4))).values())
+    loss.backward()
+    optimizer.schedule(step)
+    assert bool(optimizer.clip().isfinite()), names
+    optimizer.step()
+    assert all(bool(parameter.isfinite().all()) for parameter in model.objective.parameters()), names
+    return Outcome(names)
+
+
+def attempts(registry: Registry, **fixed: str) -> Iterator[Outcome]:
+    """All combinations, or those with the given names of some kinds."""
+    choices = {kind: [fixed[kind]] if kind in fixed else names for kind, names in names_of(registry).items()}
+    for chosen in itertools.product(*choices.values()):
+        yield attempt(dict(zip(choices, chosen, strict=True)), registry)
+
+
+def page(outcomes: list[Outcome]) -> str:
+    """The tables as Markdown."""
+    trained = [outcome.names for outcome in outcomes if not outcome.refusal]
+    lines = [
+        "# What combines with what",
+        "",
+        "Made by `python docs/make_combinations.py` from the installed plugins. Every combination of a masker, an",
+        "encoder, a target, a decoder and a loss is built small and takes a training step with finite loss and a",
+        "gradient on every parameter, or is refused when the recipe is checked, with an error that names both sides.",
+        "",
+        f"Of {len(outcomes):,} combinations {len(trained):,} train. A dot: some combination with this pair does.",
+    ]
+    for row, column in (("masker", "encoder"), ("encoder", "decoder"), ("decoder", "target"), ("target", "loss")):
+        rows, columns = (sorted({outcome.names[kind] for outcome in outcomes}) for kind in (row, column))
+        fit = {(names[row], names[column]) for names in trained}
+        lines += ["", f"| {row} \\ {column} | " + " | ".join(f"`{name}`" for name in columns) + " |"]
+        lines += ["|---" * (len(columns) + 1) + "|"]
+        lines += [
+            f"| `{each}` | " + " | ".join("•" if (each, other) in fit else " " for other in columns) + " |"
+            for each in rows
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    PAGE.write_text(page(list(attempts(Registry()))))
