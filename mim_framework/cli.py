@@ -319,7 +319,7 @@ def knn(settings: Settings, run: Path) -> None:
 
 @main.command()
 @RUN
-@click.option("--to", type=click.Choice(["timm", "official"]), required=True, help="Layout of the weights.")
+@click.option("--to", required=True, help="Layout of the weights: timm, official, or another of the encoder's plugin.")
 @OUTPUT
 @click.pass_obj
 def export(settings: Settings, run: Path, to: str, output: Path | None) -> None:

@@ -52,6 +52,16 @@ def unpatchify(patches: Tensor, patch_size: int, grid: Grid) -> Tensor:
     return cells.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * patch_size, columns * patch_size)
 
 
+def unfold_to_places(tensor: Tensor) -> Tensor:
+    """Inputs of a patch-merging layer (..., 4C), from mmpretrain's order to that of Swin.
+
+    mmpretrain merges with `Unfold`: channel by channel, in each the four places row by row. Swin's order is place by
+    place, (0, 0), (1, 0), (0, 1), (1, 1) as (row, column), in each all channels.
+    """
+    by_place = tensor.unflatten(-1, (-1, 4)).transpose(-1, -2)
+    return by_place[..., [0, 2, 1, 3], :].flatten(-2).contiguous()
+
+
 def sincos_position_table(dim: int, grid: Grid, *, row_first: bool = False) -> Tensor:
     """Fixed 2-D sin-cos positions (N, dim) float32, angles in float64, in the order of MAE's `util/pos_embed.py`.
 

@@ -50,7 +50,8 @@ class Mask:
     `validate()`, which the preflight and the contract tests call (it reads the device, a training step does not).
     `num_hidden`: hidden positions per row of an `equal` mask, None for others. Give it: counting waits for the device.
     `partner` (B,) int64: the row whose patches stand at this row's hidden positions, where a masker has mixed images
-    (`MaskerSpec.mixes`); None = hidden positions hold nothing. Partners are mutual, and what one hides the other shows.
+    (`MaskerSpec.mixes`); None = hidden positions hold nothing. Partners are mutual and hide the same positions, so that
+    each row shows what the other hides.
     Gather indices are derived here and cached, never stored by a masker as a second truth.
     """
 
@@ -198,8 +199,8 @@ class Mask:
             rows = torch.arange(len(self.partner), device=self.partner.device)
             if not torch.equal(self.partner[self.partner], rows):
                 raise ValueError(f"mask has partners that are not mutual: {self.partner.tolist()}")
-            if bool((self.hidden & self.hidden[self.partner])[self.partner != rows].any()):
-                raise ValueError("mask has partners that hide the same position, where neither image would be left")
+            if not torch.equal(self.hidden, self.hidden[self.partner]):
+                raise ValueError("mask has partners that hide different positions: parts of their images are lost")
 
     def _repeat(self, values: Tensor, grid: Grid) -> Tensor:
         values = values.reshape(-1, *self.grid.shape)
@@ -328,7 +329,7 @@ class Step:
 
     def rand_shared(self, stream: str, n: int) -> Tensor:
         """(1, n) uniform float32 in [0, 1): one draw for all samples of an optimizer step, on any rank."""
-        index = torch.tensor([self.index], device=self.positions.device)
+        index = torch.full((1,), self.index, device=self.positions.device)  # filled there: a copy would wait for it
         return rng.uniform(self.seed, f"{stream} of a step", index, n)
 
     def teacher(self, name: str, view: Tensor, mask: Mask | None = None) -> Latent:

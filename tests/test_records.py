@@ -122,15 +122,15 @@ def test_a_rewritten_view_keeps_its_original():
 
 
 def test_partners_are_kept_on_other_grids_and_their_promises_checked():
-    mask = mask_of([[1, 0, 0, 1], [0, 1, 1, 0]], equal=True, partner=torch.tensor([1, 0]))
+    mask = mask_of([[1, 0, 0, 1], [1, 0, 0, 1]], equal=True, partner=torch.tensor([1, 0]))
     mask.validate()
     assert mask.at(Grid((4, 4))).partner.tolist() == [1, 0]
     assert mask.at(Grid((1, 1))).partner.tolist() == [1, 0]
     assert mask.complement().partner.tolist() == [1, 0]
     with pytest.raises(ValueError, match=r"partners that are not mutual: \[1, 1\]"):
         mask_of([[1, 0, 0, 1], [0, 1, 1, 0]], partner=torch.tensor([1, 1])).validate()
-    with pytest.raises(ValueError, match="hide the same position"):
-        mask_of([[1, 0, 0, 1], [1, 1, 1, 0]], partner=torch.tensor([1, 0])).validate()
+    with pytest.raises(ValueError, match="partners that hide different positions"):
+        mask_of([[1, 0, 0, 1], [0, 1, 1, 0]], partner=torch.tensor([1, 0])).validate()
     mask_of([[1, 0, 0, 1]], partner=torch.tensor([0])).validate()  # an image alone is mixed with itself
 
 

@@ -103,15 +103,16 @@ class Block(nn.Module):
         num_heads: int,
         mlp_ratio: float,
         *,
-        qkv_bias: str,
-        layer_scale: float | None,
-        drop_path: float,
-        table_grid: Grid | None,
+        qkv_bias: str = "full",
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        table_grid: Grid | None = None,
+        norm_eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias, table_grid)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.gamma_1 = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
         self.gamma_2 = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))

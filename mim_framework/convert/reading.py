@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mim_framework.errors import CheckpointError
 
-WRAPPERS = ("model", "state_dict")
+WRAPPERS = ("model", "state_dict", "model_state")
 """Keys under which training scripts keep the weights, beside an optimizer and the like."""
 
 _numpy_scalar = np.float64(0).__reduce__()[0]

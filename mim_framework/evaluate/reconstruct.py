@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from mim_framework.build import load_run, make_step
-from mim_framework.components import Objective, Source, ViewBuilder
+from mim_framework.components import Objective, Source, Target, ViewBuilder
 from mim_framework.data.loader import evaluation_batches
 from mim_framework.errors import DataError, MimError
 from mim_framework.evaluate import evaluation_mode
 from mim_framework.objective import MaskedPrediction
-from mim_framework.records import Pred, Sample, Step
+from mim_framework.records import Mask, Pred, Sample, Step
 from mim_framework.report import mask_image, reconstruction_picture
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ Row = tuple[Tensor, Tensor, Tensor]
 
 
 def reconstruct(objective: Objective, views: ViewBuilder, step: Step, batch: dict[str, Tensor]) -> list[Row] | None:
-    """What the first head that predicts pixels makes of a batch; None if there is none, or no one mask of each image.
+    """What the first head with a picture makes of a batch; None if there is none, or no one mask of each image.
 
     Args:
         step: gives the masks; `step.positions` has one entry per image.
@@ -46,17 +46,25 @@ def reconstruct(objective: Objective, views: ViewBuilder, step: Step, batch: dic
         latent = objective.encode(masked.views["x"], mask)
         for head in objective.heads.values():
             pred = head.decoder(latent, mask)
-            picture = head.target.reconstruct(pred, mask, clean) if isinstance(pred, Pred) else None
+            picture = _picture(head.target, pred, mask, clean, views) if isinstance(pred, Pred) else None
             if picture is not None:
                 break
         else:
             return None
-        images, reconstructed = (views.to_image(view.float()).cpu() for view in (clean, picture))
+        images, reconstructed = views.to_image(clean.float()).cpu(), picture.cpu()
+    factor = reconstructed.shape[-1] // images.shape[-1]  # of a drawing
+    images = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
     hidden = mask.hidden.cpu()
     return [
         (image, mask_image(image, row, mask.grid), result)
         for image, row, result in zip(images, hidden, reconstructed, strict=True)
     ]
+
+
+def _picture(target: Target, pred: Pred, mask: Mask, clean: Tensor, views: ViewBuilder) -> Tensor | None:
+    """What a prediction looks like, in [0, 1], if it is an image or can be drawn."""
+    image = target.reconstruct(pred, mask, clean)
+    return target.draw(pred, mask, clean) if image is None else views.to_image(image.float())
 
 
 def draw_fixed(objective: Objective, run: Run, source: Source) -> Image.Image | None:
