@@ -22,7 +22,10 @@ class OfficialCheckpoint(CheckpointFormat):
 
     def recognises(self, state: dict[str, Tensor]) -> bool:
         needed = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.bias", FIRST_MLP}
-        return needed <= state.keys() and "blocks.0.gamma_1" not in state  # with layer scale it is a BEiT
+        if "blocks.0.gamma_1" in state:  # with layer scale it is a BEiT
+            return False
+        # A mask token belongs to MAE's decoder; in the encoder it is that of another method.
+        return needed <= state.keys() and ("mask_token" in state) == ("decoder_" + FIRST_MLP in state)
 
     def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
         patch_size = state["patch_embed.proj.weight"].shape[-1]

@@ -1,0 +1,187 @@
+"""Where MaskFeat's weights are found in the checkpoints of other code bases."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+from torch import Tensor
+
+from mim_framework import CheckpointFormat
+
+ENCODER, DECODER = "encoder.", "heads.main.decoder."
+HEAD_NAMES = {"pred_head.transforms.0.0.": "norm.", "pred_head.projections.0.": "head."}
+"""The official head, by its names in the core's `linear` decoder."""
+HEADS_OF_WIDTH = {768: 12, 1024: 16}  # ViT-B and -L: no shape tells it
+BINS_OF_ALL_COLOURS = 27
+
+
+class OfficialCheckpoint(CheckpointFormat):
+    """facebookresearch/SlowFast: pre-training checkpoints of the image models (`IN1K_VIT_B_MaskFeat_PT`)."""
+
+    name = "maskfeat_official"
+    encoders = frozenset({"maskfeat_vit"})
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        needed = {"mask_token", "pos_embed", "blocks.0.attn.qkv.bias", "pred_head.projections.0.weight"}
+        return needed <= state.keys()
+
+    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        encoder = encoder_options(state)
+        return recipe_of(state, encoder, state["pred_head.projections.0.bias"], decoder={"norm": True})
+
+    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The filters of the official HOG are computed here, not loaded."""
+        imported = {}
+        for name, tensor in state.items():
+            prefix = next((official for official in HEAD_NAMES if name.startswith(official)), None)
+            if prefix is not None:
+                imported[DECODER + HEAD_NAMES[prefix] + name.removeprefix(prefix)] = tensor
+            elif not name.startswith("hogs."):
+                imported[ENCODER + name] = tensor
+        return imported
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The encoder, and the head if the run has one like the official."""
+        if ENCODER + "norm.weight" in state:
+            raise ValueError("the encoder has a final norm (final_norm: true), the official one has none")
+        exported = encoder_state(state)
+        if DECODER + "norm.weight" in state:
+            for official, ours in HEAD_NAMES.items():
+                exported |= part(state, DECODER + ours, official)
+        return exported
+
+
+class TimmCheckpoint(CheckpointFormat):
+    """The encoder for timm's `VisionTransformer`, whose final `norm` is the one of the head, or of the encoder.
+
+    Without either the file holds no norm, for a model made with `final_norm=False` and `fc_norm=False`.
+    """
+
+    name = "maskfeat_timm"
+    encoders = frozenset({"maskfeat_vit"})
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        return False  # MAE's layout has these names too, and reads them
+
+    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        raise ValueError("it can be written only; import official checkpoints")
+
+    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise ValueError("it can be written only; import official checkpoints")
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        exported = encoder_state(state)
+        del exported["mask_token"]
+        return part(state, DECODER + "norm.", "norm.") | exported
+
+
+class MViTTimmCheckpoint(TimmCheckpoint):
+    """The encoder for timm's `mvitv2_*`, whose final `norm` is the one of the head, or of the encoder."""
+
+    name = "maskfeat_mvit_timm"
+    encoders = frozenset({"maskfeat_mvit"})
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return part(state, DECODER + "norm.", "norm.") | part(state, ENCODER + "model.")
+
+
+class MMPretrainCheckpoint(CheckpointFormat):
+    """open-mmlab/mmpretrain's MaskFeat: the same ViT with the norm inside, and a Gaussian window in the HOG."""
+
+    name = "maskfeat_mmpretrain"
+    encoders = frozenset({"maskfeat_vit"})
+    renames = (
+        (r"^neck\.fc\.", DECODER + "head."),
+        (r"^backbone\.ln1\.", ENCODER + "norm."),
+        (r"^backbone\.layers\.", ENCODER + "blocks."),
+        (r"^backbone\.", ENCODER),
+        (r"\.projection\.", ".proj."),
+        (r"\.ln([12])\.", r".norm\1."),
+        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+        (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+    )
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        needed = {"backbone.mask_token", "backbone.layers.0.attn.qkv.bias", "backbone.ln1.weight", "neck.fc.weight"}
+        return needed <= state.keys()
+
+    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        ours = part(self.import_state(state), ENCODER)
+        encoder = {
+            **encoder_options(ours),
+            "final_norm": True,
+            "initial_bias": 0,
+            "mask_token_decays": False,
+        }
+        return recipe_of(ours, encoder, state["neck.fc.bias"], gaussian_window=16, rule="mmpretrain")
+
+    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            self.our_name(name): tensor
+            for name, tensor in state.items()
+            if not name.startswith(("target_generator.", "data_preprocessor."))
+        }
+
+    def our_name(self, name: str) -> str:
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise ValueError("it can be read only; use 'official' or 'timm'")
+
+
+def recipe_of(
+    state: Mapping[str, Tensor],
+    encoder: dict[str, Any],
+    head_bias: Tensor,
+    *,
+    decoder: Mapping[str, Any] | None = None,
+    gaussian_window: int = 0,
+    rule: str = "stop_short",
+) -> dict[str, Any]:
+    """The slots of a recipe; `state` has the official names of the encoder."""
+    patch_size, side = encoder["patch_size"], isqrt(state["pos_embed"].shape[1] - 1)
+    cells_per_side = isqrt(len(head_bias) // BINS_OF_ALL_COLOURS)
+    target = {"type": "hog", "cell_size": patch_size // cells_per_side if cells_per_side else None}
+    return {
+        "views": {"type": "image", "img_size": side * patch_size},
+        "masker": {"type": "block", "mask_ratio": 0.4, "rule": rule},
+        "encoder": {"type": "maskfeat_vit", **encoder},
+        "target": {**target, "gaussian_window": gaussian_window},
+        "decoder": {"type": "linear", **(decoder or {})},
+        "loss": {"type": "mse"},
+    }
+
+
+def encoder_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options that the shapes tell; the number of heads is known for the published widths only, else None."""
+    embed_dim = state["cls_token"].shape[-1]
+    return {
+        "patch_size": state["patch_embed.proj.weight"].shape[-1],
+        "embed_dim": embed_dim,
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "num_heads": HEADS_OF_WIDTH.get(embed_dim),
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+    }
+
+
+def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder of an objective's state under its official names.
+
+    Raises:
+        ValueError: if it has options that the official architecture lacks.
+    """
+    exported = part(state, ENCODER)
+    other = ("rel_pos_bias", "relative_position_bias_table", "q_bias", "gamma_1")
+    if "pos_embed" not in exported or any(name.endswith(other) for name in exported):
+        raise ValueError("it holds no relative position biases, no layer scale, all biases and absolute positions")
+    return exported
+
+
+def part(state: Mapping[str, Tensor], prefix: str, new_prefix: str = "") -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, which is replaced."""
+    return {new_prefix + name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
