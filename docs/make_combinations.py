@@ -36,7 +36,7 @@ SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("encoder", "simmim_swin"): SWIN,
     ("encoder", "simmim_swinv2"): SWIN,
     ("encoder", "maskfeat_vit"): VIT,
-    ("encoder", "maskfeat_mvit"): {"model": "mvitv2_tiny"},
+    ("encoder", "maskfeat_mvit"): {"embed_dim": 8, "depths": [1, 1, 1, 2]},
     ("encoder", "mixmim_swin"): {**SWIN, "window_size": [4, 4]},
     ("target", "features"): {"teacher": "teacher"},
     ("target", "hog"): {"cell_size": 4},
@@ -67,7 +67,7 @@ def recipe_of(names: dict[str, str]) -> Recipe:
     """A small recipe of these components, on made-up images of 32 pixels."""
     slots = {kind: {"type": name, **SMALL.get((kind, name), {})} for kind, name in names.items()}
     if names["target"] == "features":  # of a teacher with the student's grid
-        stride = 16 if names["encoder"] == "timm" else 32 if names["encoder"] == "maskfeat_mvit" else 8
+        stride = 16 if names["encoder"] in ("timm", "maskfeat_mvit") else 8
         slots["teachers"] = {"teacher": {"encoder": {"type": "vit", **VIT, "patch_size": stride}}}
     return Recipe.model_validate(
         {

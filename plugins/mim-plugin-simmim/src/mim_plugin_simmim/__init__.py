@@ -7,20 +7,19 @@ checkpoints are in `checkpoints.py`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from timm.layers import set_fused_attn, use_fused_attn
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
 
-from mim_framework import Ask, Encoder, EncoderSpec, Grid, Latent, Mask, Section, Specs, hookimpl
-from mim_framework.builtins.vit import MaskTokenViT
+from mim_framework import Ask, Encoder, EncoderSpec, Grid, Latent, Mask, Section, Specs, attend, hookimpl
+from mim_framework.builtins.vit import MaskTokenViT, look_up
 from mim_plugin_simmim.checkpoints import (
     MMPretrainSwinCheckpoint,
     OfficialSwinCheckpoint,
@@ -33,11 +32,48 @@ PER_STAGE = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=
 POSITION_WEIGHTS = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
 
 
+class WindowAttention(swin_transformer.WindowAttention):
+    """timm's attention inside windows, through the attention that all encoders share."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (images * windows, T, D), mask (windows, T, T) to add to the logits -> (images * windows, T, D)."""
+        q, k, v = split_heads(self.qkv(x), self.num_heads)
+        bias = look_up(self.relative_position_bias_table, self.relative_position_index)
+        return self.proj(attend(q, k, v, with_mask(bias, mask, len(x))).transpose(1, 2).flatten(2))
+
+
+class WindowAttentionV2(swin_transformer_v2.WindowAttention):
+    """timm's cosine attention with position biases from a small network, the same way."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (images * windows, T, D), mask (windows, T, T) to add to the logits -> (images * windows, T, D)."""
+        qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = split_heads(linear(x, self.qkv.weight, qkv_bias), self.num_heads)
+        scale = self.logit_scale.clamp(max=math.log(100)).exp() * math.sqrt(q.shape[-1])  # `attend` divides by the root
+        q, k = (normalize(q, dim=-1) * scale).to(v.dtype), normalize(k, dim=-1).to(v.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            # Official: 16 * sigmoid(table), which is 8 * tanh(table / 2) and a constant that no softmax sees. Around
+            # zero bfloat16 is finer than around 8.
+            table = 8 * (self.cpb_mlp(self.relative_coords_table).flatten(0, 2) / 2).tanh()
+        bias = look_up(table, self.relative_position_index)
+        return self.proj(attend(q, k, v, with_mask(bias, mask, len(x))).transpose(1, 2).flatten(2))
+
+
+def split_heads(projected: Tensor, num_heads: int) -> Tensor:
+    """(B, T, 3 * D) -> query, key and value, (3, B, heads, T, d)."""
+    return projected.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def with_mask(bias: Tensor, mask: Tensor | None, num_windows: int) -> Tensor:
+    """bias (1, heads, T, T), mask (windows of an image, T, T) or None -> bias of one window or of all."""
+    return bias if mask is None else (bias + mask[:, None]).repeat(num_windows // len(mask), 1, 1, 1)
+
+
 class SwinEncoder(Encoder):
     """timm's Swin; a learned mask token replaces hidden tokens after the patch embedding and its norm."""
 
     name = "simmim_swin"
-    model: type[nn.Module] = SwinTransformer
+    attention: type[nn.Module] = WindowAttention
 
     class Config(Section):
         patch_size: int = Field(4, gt=0)
@@ -72,29 +108,33 @@ class SwinEncoder(Encoder):
         height, width = view.img_size
         if height % stride or width % stride:
             raise ValueError(f"image size {height}x{width} is not a multiple of {stride}, the stride of the last stage")
-        for stage, heads in enumerate(c.num_heads):
-            if c.embed_dim * 2**stage % heads:
-                raise ValueError(f"width {c.embed_dim * 2**stage} of stage {stage} is not a multiple of {heads} heads")
+        self.input_grid = Grid((height // c.patch_size, width // c.patch_size))
+        dims = [c.embed_dim * 2**stage for stage in range(num_stages)]
+        grids = [Grid(tuple(side >> stage for side in self.input_grid.shape)) for stage in range(num_stages)]
+        for stage, (dim, grid, heads) in enumerate(zip(dims, grids, c.num_heads, strict=True)):
+            if dim % heads:
+                raise ValueError(f"width {dim} of stage {stage} is not a multiple of {heads} heads")
+            if any(side > c.window_size and side % c.window_size for side in grid.shape):
+                raise ValueError(f"grid {grid} of stage {stage} is no whole number of windows of {c.window_size}")
 
-        with fused_attention():
-            self.swin = self.model(
-                img_size=view.img_size,
-                patch_size=c.patch_size,
-                in_chans=view.in_chans,
-                num_classes=0,
-                embed_dim=c.embed_dim,
-                depths=c.depths,
-                num_heads=c.num_heads,
-                window_size=c.window_size,
-                mlp_ratio=c.mlp_ratio,
-                drop_path_rate=c.drop_path_rate,
-            )
+        self.swin = self.build(
+            img_size=view.img_size,
+            patch_size=c.patch_size,
+            in_chans=view.in_chans,
+            num_classes=0,
+            embed_dim=c.embed_dim,
+            depths=c.depths,
+            num_heads=c.num_heads,
+            window_size=c.window_size,
+            mlp_ratio=c.mlp_ratio,
+            drop_path_rate=c.drop_path_rate,
+        )
         for block in self.repeated_blocks():
+            block.attn.__class__ = self.attention  # the same parameters, another forward
             if block.attn_mask is not None:
                 # timm has the official -100: exp(-100) is a denormal number, on which processors are slow. The weights
                 # are the same to the last digit.
                 block.attn_mask.masked_fill_(block.attn_mask < 0, -torch.inf)
-        self.input_grid = Grid((height // c.patch_size, width // c.patch_size))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.absolute_pos_embed = None
@@ -102,18 +142,21 @@ class SwinEncoder(Encoder):
             self.absolute_pos_embed = nn.Parameter(torch.zeros(1, self.input_grid.num_patches, c.embed_dim))
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
 
-        sides = [(c.embed_dim * 2**s, Grid((height // c.patch_size >> s, width // c.patch_size >> s)))
-                 for s, depth in enumerate(c.depths) for _ in range(depth)]  # fmt: skip
+        places = [(dims[stage], grids[stage]) for stage, depth in enumerate(c.depths) for _ in range(depth)]
         self.spec = EncoderSpec(
-            dim=sides[-1][0],
-            grid=sides[-1][1],
+            dim=dims[-1],
+            grid=grids[-1],
             stride=stride,
-            depth=len(sides),
+            depth=len(places),
             num_heads=c.num_heads[-1],
             in_chans=view.in_chans,
-            offers=Ask(layers=frozenset(range(len(sides)))),
-            layers=dict(enumerate(sides)),
+            offers=Ask(layers=frozenset(range(len(places)))),
+            layers=dict(enumerate(places)),
         )
+
+    def build(self, **options: Any) -> nn.Module:
+        """timm's model, of which the patch embedding, the stages and the norm are used."""
+        return swin_transformer.SwinTransformer(**options)
 
     def no_weight_decay(self) -> Iterable[str]:
         """Mask token and absolute positions; tables of relative positions if the recipe says so."""
@@ -129,7 +172,7 @@ class SwinEncoder(Encoder):
         layers: dict[int, Tensor] = {}
         number = 0
         for stage in self.swin.layers:
-            x = stage.downsample(x)
+            x = stage.downsample(x).to(x.dtype)  # the residual stream stays in full precision
             for block in stage.blocks:
                 x = block(x)
                 if number in ask.layers:
@@ -155,7 +198,16 @@ class SwinV2Encoder(SwinEncoder):
     """timm's SwinV2: cosine attention, continuous position biases, norms after the residual branches."""
 
     name = "simmim_swinv2"
-    model = SwinTransformerV2
+    attention = WindowAttentionV2
+
+    def __init__(self, config: Section, specs: Specs) -> None:
+        super().__init__(config, specs)
+        if any(min(block.window_size) == 1 for block in self.repeated_blocks()):
+            raise ValueError(f"SwinV2 needs windows of 2 tokens or more, its last stage has a grid of {self.spec.grid}")
+
+    def build(self, **options: Any) -> nn.Module:
+        no_other_windows = (0,) * len(options["depths"])
+        return swin_transformer_v2.SwinTransformerV2(pretrained_window_sizes=no_other_windows, **options)
 
 
 class SimMIMViT(MaskTokenViT):
@@ -205,17 +257,6 @@ def trunc_normal(tensor: Tensor) -> None:
 def position_weights(module: nn.Module) -> Iterator[str]:
     """Names of the parameters that encode relative positions."""
     return (name for name, _ in module.named_parameters() if any(key in name for key in POSITION_WEIGHTS))
-
-
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """timm's switch for fused attention in Swin, off by default, on while a model is built."""
-    level = use_fused_attn(experimental=False) + use_fused_attn(experimental=True)
-    set_fused_attn(True, experimental=True)
-    try:
-        yield
-    finally:
-        set_fused_attn(level > 0, experimental=level > 1)
 
 
 def vit_layer_id(name: str, depth: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mim_framework import CheckpointFormat
+from mim_framework import CheckpointFormat, unfold_to_places
 
 ENCODER, HEAD = "encoder.", "heads.main.decoder.head."
 COMPUTED = ("relative_position_index", "attn_mask", "relative_coords_table")
@@ -46,7 +46,38 @@ def shift_merging(name: str, by: int) -> str:
     return re.sub(r"layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + by}.downsample.", name)
 
 
-class OfficialViTCheckpoint(CheckpointFormat):
+class SimMIMCheckpoint(CheckpointFormat):
+    """What all layouts share: computed buffers are left out, the head is turned, encoder names are translated."""
+
+    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        imported = {}
+        for name, tensor in state.items():
+            if name.endswith(COMPUTED):
+                continue
+            if name.startswith("decoder.0."):
+                imported[HEAD + name.removeprefix("decoder.0.")] = head_to_ours(tensor)
+            else:
+                imported[self.our_name(name)] = tensor
+        return imported
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The encoder, and the head if the run has a linear one for pixels."""
+        exported = {self.official_name(name): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
+        num_mergings = sum(name.endswith(".downsample.reduction.weight") for name in exported)
+        stride = exported["encoder.patch_embed.proj.weight"].shape[-1] * 2**num_mergings
+        for part in ("weight", "bias"):
+            if HEAD + part in state and len(state[HEAD + part]) == IN_CHANS * stride**2:
+                exported[f"decoder.0.{part}"] = head_to_official(state[HEAD + part])
+        return exported
+
+    def our_name(self, name: str) -> str:
+        return name
+
+    def official_name(self, name: str) -> str:
+        return name
+
+
+class OfficialViTCheckpoint(SimMIMCheckpoint):
     """microsoft/SimMIM, ViT: encoder and head of a pre-training checkpoint."""
 
     name = "simmim_vit_official"
@@ -68,10 +99,12 @@ class OfficialViTCheckpoint(CheckpointFormat):
         if table is None:
             table = state.get("encoder.blocks.0.attn.relative_position_bias_table")
         positions = state.get("encoder.pos_embed")
-        side = (isqrt(len(table) - 3) + 1) // 2 if table is not None else isqrt(positions.shape[1] - 1)
+        side = None
+        if table is not None or positions is not None:
+            side = isqrt(positions.shape[1] - 1) if table is None else (isqrt(len(table) - 3) + 1) // 2
         gamma = state.get("encoder.blocks.0.gamma_1")
         return slots(
-            side * patch_size,
+            side and side * patch_size,
             {
                 "type": "simmim_vit",
                 "patch_size": patch_size,
@@ -85,63 +118,55 @@ class OfficialViTCheckpoint(CheckpointFormat):
             },
         )
 
-    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        imported = {}
-        for name, tensor in state.items():
-            if name.endswith(COMPUTED):
-                continue
-            if name.startswith("decoder.0."):
-                imported[HEAD + name.removeprefix("decoder.0.")] = head_to_ours(tensor)
-            else:
-                imported[self.our_name(name)] = tensor
-        return imported
-
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The encoder, and the head if the run has a linear one for pixels."""
-        exported = {self.official_name(name): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
-        for part in ("weight", "bias"):
-            if HEAD + part in state and len(state[HEAD + part]) % IN_CHANS == 0:
-                exported[f"decoder.0.{part}"] = head_to_official(state[HEAD + part])
-        return exported
-
-    def our_name(self, name: str) -> str:
-        return name
-
-    def official_name(self, name: str) -> str:
-        return name
+        if "encoder.blocks.0.attn.qkv.bias" in state:
+            raise ValueError("there the key has no bias, in this run it has one (qkv_bias: full)")
+        return super().export_state(state)
 
 
-class OfficialSwinCheckpoint(OfficialViTCheckpoint):
-    """microsoft/SimMIM, Swin: encoder and head of a pre-training checkpoint."""
+class OfficialSwinCheckpoint(SimMIMCheckpoint):
+    """microsoft/SimMIM, Swin, and microsoft/Swin-Transformer, SwinV2: encoder and head of pre-training."""
 
     name = "simmim_swin_official"
-    encoders = frozenset({"simmim_swin"})
+    encoders = frozenset({"simmim_swin", "simmim_swinv2"})
 
     def recognises(self, state: dict[str, Tensor]) -> bool:
-        return {"encoder.mask_token", "encoder.layers.0.blocks.0.attn.qkv.bias", "decoder.0.weight"} <= state.keys()
+        attention = "encoder.layers.0.blocks.0.attn."
+        of_swin = {attention + "relative_position_bias_table", attention + "logit_scale"} & state.keys()
+        return bool(of_swin) and {"encoder.mask_token", "decoder.0.weight"} <= state.keys()
 
     def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
         blocks = {tuple(map(int, match.groups())) for name in state
                   if (match := re.match(r"encoder\.layers\.(\d+)\.blocks\.(\d+)\.", name))}  # fmt: skip
         depths = [len([s for s, _ in blocks if s == stage]) for stage in range(1 + max(s for s, _ in blocks))]
-        tables = [
-            state[f"encoder.layers.{stage}.blocks.0.attn.relative_position_bias_table"] for stage in range(len(depths))
-        ]
+        first = [f"encoder.layers.{stage}.blocks.0.attn." for stage in range(len(depths))]
+        v2 = first[0] + "logit_scale" in state
         patch_size = state["encoder.patch_embed.proj.weight"].shape[-1]
         dim = state["encoder.mask_token"].shape[-1]
         return slots(
             self.img_size(state, depths, patch_size),
             {
-                "type": "simmim_swin",
+                "type": "simmim_swinv2" if v2 else "simmim_swin",
                 "patch_size": patch_size,
                 "embed_dim": dim,
                 "depths": depths,
-                "num_heads": [table.shape[1] for table in tables],
-                "window_size": (isqrt(len(tables[0])) + 1) // 2,
+                "num_heads": [
+                    len(state[name + "logit_scale"]) if v2 else state[name + "relative_position_bias_table"].shape[1]
+                    for name in first
+                ],
+                "window_size": self.window_size(state, first[0]),
                 "mlp_ratio": len(state["encoder.layers.0.blocks.0.mlp.fc1.weight"]) / dim,
                 "absolute_position": "encoder.absolute_pos_embed" in state,
             },
         )
+
+    def window_size(self, state: dict[str, Tensor], attention: str) -> int | None:
+        """Of the first stage, from its table, or from the index (T, T) that official files of SwinV2 hold."""
+        table = state.get(attention + "relative_position_bias_table")
+        if table is not None:
+            return (isqrt(len(table)) + 1) // 2
+        index = state.get(attention + "relative_position_index")
+        return None if index is None else isqrt(len(index))
 
     def img_size(self, state: dict[str, Tensor], depths: list[int], patch_size: int) -> int | None:
         """From the positions, or the shift masks of official files (windows, tokens, tokens); None without."""
@@ -167,6 +192,7 @@ class MMPretrainSwinCheckpoint(OfficialSwinCheckpoint):
     """open-mmlab/mmpretrain's SimMIM, which has Swin only. Read, never written."""
 
     name = "simmim_swin_mmpretrain"
+    encoders = frozenset({"simmim_swin"})
     renames = (
         (r"^neck\.decoder\.0\.", "decoder.0."),
         (r"^backbone\.norm3\.", "encoder.norm."),
@@ -195,14 +221,8 @@ class MMPretrainSwinCheckpoint(OfficialSwinCheckpoint):
         for name, tensor in state.items():
             for pattern, replacement in self.renames:
                 name = re.sub(pattern, replacement, name)
-            found[name] = places_first(tensor) if ".downsample." in name else tensor
+            found[name] = unfold_to_places(tensor) if ".downsample." in name else tensor
         return found
-
-
-def places_first(tensor: Tensor) -> Tensor:
-    """Inputs of a merging layer in the order of `Unfold`, channel by channel -> place by place, columns first."""
-    by_channel = tensor.unflatten(-1, (-1, 4)).transpose(-1, -2)  # (..., 4 places row by row, C)
-    return by_channel[..., [0, 2, 1, 3], :].flatten(-2).contiguous()
 
 
 class TimmSwinCheckpoint(OfficialSwinCheckpoint):
@@ -231,7 +251,8 @@ class TimmViTCheckpoint(OfficialViTCheckpoint):
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         shared = "rel_pos_bias.relative_position_bias_table"
-        own = {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
+        official = super().export_state(state)
+        own = {name.removeprefix(ENCODER): tensor for name, tensor in official.items() if name.startswith(ENCODER)}
         table = own.pop(shared, None)
         del own["mask_token"]
         if table is not None:
