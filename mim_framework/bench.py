@@ -14,7 +14,7 @@ import torch
 from mim_framework.build import build_model, build_optimizers, build_source, make_step, preflight
 from mim_framework.cost import matmul_peak, measure_cost, synchronize
 from mim_framework.data.loader import Batch, Loader
-from mim_framework.distributed import choose_device
+from mim_framework.distributed import choose_device, compile_blocks
 from mim_framework.metrics import peak_memory
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
@@ -76,8 +76,7 @@ def run_bench(recipe: Recipe, registry: Registry, *, data: Data = "synthetic", s
     optimizers = build_optimizers(recipe, model.objective, layout.total_batch_size)
     components = list(model.objective.components())
     if recipe.train.compile:
-        for block in [block for component in components for block in component.repeated_blocks()]:
-            block.compile()
+        compile_blocks(block for component in components for block in component.repeated_blocks())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for index in range(warmup + steps):

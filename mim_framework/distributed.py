@@ -171,6 +171,17 @@ def _leave_together() -> None:
 Mode = Literal["ddp", "fsdp"]
 
 
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compile every block for itself.
+
+    Blocks of one class share their graphs, one for every stage of a hierarchical encoder, with and without gradients:
+    more than the eight that torch allows before it gives up and runs them uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for block in blocks:
+        block.compile()
+
+
 def shard(
     module: nn.Module, blocks: Iterable[nn.Module], device: torch.device, *, reshard_after_forward: bool | None = None
 ) -> None:

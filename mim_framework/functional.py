@@ -20,11 +20,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     if q.device.type != "cpu" or not (learned or q.dtype == torch.bfloat16):
         return scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
     q, k, v, scale = q.contiguous(), k.contiguous(), v.contiguous(), q.shape[-1] ** -0.5
-    if bias is None:
-        return (q * scale @ k.mT).softmax(-1) @ v
-    bias = bias.to(q.dtype).expand(*q.shape[:3], k.shape[2]).flatten(0, 1)
-    logits = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
-    return logits.softmax(-1).unflatten(0, q.shape[:2]) @ v
+    logits = q * scale @ k.mT
+    if bias is not None:
+        logits += bias.to(q.dtype)
+    return logits.softmax(-1) @ v
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:

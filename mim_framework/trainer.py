@@ -23,7 +23,16 @@ from mim_framework import checkpoint, rng, state
 from mim_framework.build import build_model, build_optimizers, build_source, preflight
 from mim_framework.components import Component
 from mim_framework.data.loader import Batch, Loader
-from mim_framework.distributed import STOP_SIGNALS, World, gradient_sync, process_group, shard, whole_weights, wrap
+from mim_framework.distributed import (
+    STOP_SIGNALS,
+    World,
+    compile_blocks,
+    gradient_sync,
+    process_group,
+    shard,
+    whole_weights,
+    wrap,
+)
 from mim_framework.errors import CheckpointError, DataError, TrainingError
 from mim_framework.evaluate.knn import online_knn
 from mim_framework.evaluate.reconstruct import draw_fixed
@@ -303,8 +312,7 @@ class Trainer:
         run, section = self.run, self.run.recipe.train
         blocks = [block for component in self.components for block in component.repeated_blocks()]
         if section.compile:
-            for block in [*blocks, *self.teachers.repeated_blocks()]:
-                block.compile()
+            compile_blocks([*blocks, *self.teachers.repeated_blocks()])
         if section.distributed == "fsdp" and run.world.size > 1:
             for teacher in self.teachers.moving().values():
                 for unit, unit_blocks in teacher.units():

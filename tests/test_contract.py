@@ -407,7 +407,7 @@ class LayerDecoder(LinearDecoder):
 
     name = "linear_on_layer"
 
-    class Config(Section):
+    class Config(LinearDecoder.Config):
         layer: int
         """Encoder layer that it reads."""
 

@@ -278,7 +278,7 @@ def test_a_run_shows_the_drawing_beside_images_of_its_size():
     recipe = load_recipe("maskfeat_quickstart", [], Registry())
     model = build_model(recipe, Registry())
     rows = reconstruct(model.objective, model.views, make_step(recipe, torch.arange(2)), model.views.example(2))
-    assert [image.shape for image in rows[0]] == [(3, 128, 128), (3, 128, 128), (1, 128, 128)]
+    assert [image.shape for image in rows[0]] == [(3, 96, 96), (3, 96, 96), (1, 96, 96)]
 
 
 # --- ViT -------------------------------------------------------------------------------------------------------------

@@ -69,10 +69,43 @@ def with_mask(bias: Tensor, mask: Tensor | None, num_windows: int) -> Tensor:
     return bias if mask is None else (bias + mask[:, None]).repeat(num_windows // len(mask), 1, 1, 1)
 
 
+class SwinBlock(swin_transformer.SwinTransformerBlock):
+    """timm's block of Swin, norms before the residual branches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, H, W, D) -> (B, H, W, D)."""
+        x = x + self.drop_path1(mix_in_windows(self, self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class SwinV2Block(swin_transformer_v2.SwinTransformerV2Block):
+    """timm's block of SwinV2, norms after the residual branches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, H, W, D) -> (B, H, W, D)."""
+        x = x + self.drop_path1(self.norm1(mix_in_windows(self, x)))
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
+
+
+def mix_in_windows(block: SwinBlock | SwinV2Block, x: Tensor) -> Tensor:
+    """Attention of a block inside its windows, which divide the map: x (B, H, W, D) -> (B, H, W, D).
+
+    A shifted map is rolled, and the mask keeps what then meets at its border apart.
+    """
+    (height, width), shift = block.window_size, block.shift_size
+    if block.attn_mask is not None:
+        x = x.roll((-shift[0], -shift[1]), (1, 2))
+    windows = x.unflatten(2, (-1, width)).unflatten(1, (-1, height)).transpose(2, 3)  # (B, rows, columns, h, w, D)
+    mixed = block.attn(windows.flatten(3, 4).flatten(0, 2), block.attn_mask)
+    x = mixed.view(windows.shape).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return x if block.attn_mask is None else x.roll(shift, (1, 2))
+
+
 class SwinEncoder(Encoder):
     """timm's Swin; a learned mask token replaces hidden tokens after the patch embedding and its norm."""
 
     name = "simmim_swin"
+    block: type[nn.Module] = SwinBlock
     attention: type[nn.Module] = WindowAttention
 
     class Config(Section):
@@ -130,7 +163,7 @@ class SwinEncoder(Encoder):
             drop_path_rate=c.drop_path_rate,
         )
         for block in self.repeated_blocks():
-            block.attn.__class__ = self.attention  # the same parameters, another forward
+            block.__class__, block.attn.__class__ = self.block, self.attention  # the same parameters, another forward
             if block.attn_mask is not None:
                 # timm has the official -100: exp(-100) is a denormal number, on which processors are slow. The weights
                 # are the same to the last digit.
@@ -198,6 +231,7 @@ class SwinV2Encoder(SwinEncoder):
     """timm's SwinV2: cosine attention, continuous position biases, norms after the residual branches."""
 
     name = "simmim_swinv2"
+    block = SwinV2Block
     attention = WindowAttentionV2
 
     def __init__(self, config: Section, specs: Specs) -> None:
