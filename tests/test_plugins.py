@@ -211,12 +211,12 @@ def test_two_distributions_with_the_same_entry_point_name_are_both_refused(insta
 def test_an_unknown_name_gets_the_nearest_the_installed_and_the_package():
     registry = Registry(only=())
     with pytest.raises(
-        UnknownName, match=r"no masker 'randon' is installed, did you mean 'random'\? installed: none, random"
+        UnknownName, match=r"no masker 'randon' is installed, did you mean 'random'\? installed: block, none, random"
     ):
         registry.find("masker", "randon")
     with pytest.raises(UnknownName, match="'linear' is a component of kind decoder, not masker"):
         registry.find("masker", "linear")
-    with pytest.raises(UnknownName, match="no masker 'builtins:spiral' is installed; installed: none, random"):
+    with pytest.raises(UnknownName, match="no masker 'builtins:spiral' is installed; installed: block, none, random"):
         registry.find("masker", "builtins:spiral")
     with pytest.raises(UnknownName, match="no plugin 'buildins' is installed, did you mean 'builtins'"):
         registry.find("masker", "buildins:random")
