@@ -66,6 +66,8 @@ def read_yaml(text: str | bytes, name: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        if "maximum nesting depth" in str(error.problem):  # newer libyaml, which reads ahead, sees the worst first
+            raise RecipeError(f"{place}: nested deeper than {MAX_DEPTH} levels") from error
         raise RecipeError(f"{place}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from error

@@ -86,7 +86,8 @@ BAD = {
     "surrogate": ("a: \ud800\n", r"r.yaml:1:4: character U\+D800 is not allowed"),
     "latin-1": (b"a: 1\nb: caf\xe9\n", r"r.yaml:2:7: not UTF-8 text"),
     "utf-16": ("a: 1".encode("utf-16"), r"r.yaml:1:1: not UTF-8 text"),
-    "deep": ("[" * 100_000, rf"r.yaml:1:{MAX_DEPTH + 2}: nested deeper than {MAX_DEPTH} levels"),
+    "deep": ("[" * 500, rf"r.yaml:1:{MAX_DEPTH + 2}: nested deeper than {MAX_DEPTH} levels"),
+    "very deep": ("[" * 100_000, rf"r.yaml:1:\d+: nested deeper than {MAX_DEPTH} levels"),  # libyaml may stop at 1000
     "deep blocks": ("- " * 100_000, r"nested deeper than"),
     "large text": ("a: " + "x" * 1_000_000, r"r.yaml: larger than 1,000,000 bytes"),
     "large file": (b"a" * 1_000_001, r"r.yaml: larger than 1,000,000 bytes"),
