@@ -111,7 +111,7 @@ def test_compiled_blocks_give_the_losses_of_eager_ones(tmp_path: Path, recipe: s
 
 
 LATE = {"maskfeat_quickstart", "simmim_quickstart", "simmim_vit_quickstart"}
-"""Their features pass those of the untrained encoder in the second half of the recipe only."""
+"""A sixth of the recipe is not enough for their features to pass those of the untrained encoder."""
 
 
 def test_a_few_epochs_on_digits_lower_the_loss_and_soon_beat_the_untrained_encoder(tmp_path: Path, recipe: str):
