@@ -134,3 +134,15 @@ def test_there_is_no_fixed_picture_where_there_is_nothing_to_show(make_run, regi
         log = run.recipe.log.model_copy(update={"num_images": 0})
         stand_in.recipe = run.recipe.model_copy(update={"log": log})
     assert draw_fixed(objective, stand_in, stand_in.source) is None
+
+
+def test_a_prediction_that_is_no_image_can_be_drawn_on_a_finer_scale(make_run, registry, monkeypatch):
+    run = load_run(make_run(target="edges"), registry=registry)
+    drawn = torch.full((2, 1, 16, 16), 0.25)
+    monkeypatch.setattr(run.objective.heads["main"].target, "draw", lambda pred, mask, view: drawn)
+    batch = {"x": torch.full((2, 3, 8, 8), 51, dtype=torch.uint8)}
+    rows = reconstruct(run.objective, run.views, make_step(run.recipe, torch.arange(2)), batch)
+    image, masked, drawing = rows[0]
+    assert torch.allclose(image, torch.full((3, 16, 16), 0.2))
+    assert (masked == 0.5).sum() == masked.numel() / 2
+    assert torch.equal(drawing, drawn[0])

@@ -278,7 +278,7 @@ def test_a_run_shows_the_drawing_beside_images_of_its_size():
     recipe = load_recipe("maskfeat_quickstart", [], Registry())
     model = build_model(recipe, Registry())
     rows = reconstruct(model.objective, model.views, make_step(recipe, torch.arange(2)), model.views.example(2))
-    assert [image.shape for image in rows[0]] == [(3, 96, 96), (3, 96, 96), (1, 96, 96)]
+    assert [image.shape for image in rows[0]] == [(3, 128, 128), (3, 128, 128), (1, 128, 128)]
 
 
 # --- ViT -------------------------------------------------------------------------------------------------------------
@@ -484,7 +484,7 @@ def test_timm_computes_our_features_from_the_exported_encoder(tmp_path: Path, pl
     encoder = make_vit(final_norm=place == "encoder").eval()
     state = state_of(encoder, norm=place == "head")
     save_file(TimmCheckpoint().export_state(state), tmp_path / "timm.safetensors")
-    options = {"final_norm": False, "global_pool": "avg", "fc_norm": False} if place == "nowhere" else {}
+    options = {"global_pool": "avg", "fc_norm": False} | ({"final_norm": False} if place == "nowhere" else {})
     model = timm_vit(checkpoint_path=str(tmp_path / "timm.safetensors"), **options)
     images = noise(2, 3, 16, 16)
     latent = encoder(images, Mask.none(2, GRID))
@@ -493,6 +493,7 @@ def test_timm_computes_our_features_from_the_exported_encoder(tmp_path: Path, pl
         norm = [state[f"heads.main.decoder.norm.{name}"] for name in ("weight", "bias")]
         tokens = nn.functional.layer_norm(tokens, (32,), *norm, eps=1e-6)
     assert torch.allclose(model.forward_features(images), tokens, atol=1e-5)
+    assert torch.allclose(model(images), tokens[:, 1:].mean(1), atol=1e-5)
 
 
 @torch.no_grad()
