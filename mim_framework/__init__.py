@@ -23,7 +23,10 @@ _HOME = {
         "API_VERSION", "CheckpointFormat", "Component", "Decoder", "Encoder", "Head", "Loss", "Masker", "Objective",
         "Parts", "Source", "Specs", "Target", "ViewBuilder",
     ],
-    "functional": ["attend", "gather_tokens", "patchify", "unpatchify", "sincos_position_table", "unfold_to_places"],
+    "functional": [
+        "Renormalize", "attend", "gather_tokens", "paste", "patchify", "sincos_position_table", "unfold_to_places",
+        "unpatchify",
+    ],
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -32,16 +32,22 @@ from mim_framework.components import (
     ViewBuilder,
 )
 from mim_framework.config import Choice
+from mim_framework.data.tokens import CachedTokenViews, TokenCache
 from mim_framework.distributed import World, choose_device
 from mim_framework.errors import CheckpointError, MimError, RecipeError, did_you_mean
 from mim_framework.evaluate.knn import check_pool
+from mim_framework.functional import Renormalize
 from mim_framework.optim import Optimizer, assign
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, load_recipe
 from mim_framework.records import EncoderSpec, MaskerSpec, Step
-from mim_framework.teachers import Teachers
+from mim_framework.teachers import Teachers, TeacherSection
+from mim_framework.yaml_loader import read_yaml
 
 logger = logging.getLogger(__name__)
+
+IMPORTED_SLOTS = "slots.yaml"
+IMPORTED_WEIGHTS = "weights.safetensors"
 
 
 @dataclass
@@ -128,17 +134,18 @@ class _Builder:
     def build(self, with_weights: bool) -> Model:
         recipe = self.recipe
         views: ViewBuilder = self.make("views", "views", recipe.views)
+        if recipe.data.tokens is not None:
+            cache = TokenCache(Path(recipe.data.tokens), verify=with_weights)
+            cache.check(views_of=decides_pixels(recipe), seed=recipe.seed)
+            views = CachedTokenViews(views, cache)
         self.publish(views=dict(views.specs))
 
-        teachers = Teachers(recipe.teachers)
-        for name, section in recipe.teachers.items():
-            if section.encoder is not None:
-                where = f"teachers.{name}.encoder"
-                teacher: Encoder = self.make("encoder", where, section.encoder, self.specs)
-                if with_weights and section.checkpoint is not None:
-                    load_into(teacher, Path(section.checkpoint), prefix="encoder.")
-                teachers.add_frozen(name, teacher)
-                self.publish(teachers={**self.specs.teachers, name: teacher.spec})
+        sections = recipe.named_teachers()
+        teachers = Teachers(sections)
+        with torch.random.fork_rng(devices=[]):  # the model begins with the same weights, whatever teachers it has
+            for name, section in sections.items():
+                if not section.copy_of:
+                    self.build_frozen(teachers, name, section, with_weights)
 
         encoder: Encoder = self.make("encoder", "encoder", recipe.encoder, self.specs)
         self.publish(encoder=encoder.spec)
@@ -148,8 +155,11 @@ class _Builder:
         if recipe.evaluate.knn is not None:
             with self.slot("evaluate.knn.pool"):
                 check_pool(encoder.spec, recipe.evaluate.knn)
-        copies = {name: encoder.spec for name, section in recipe.teachers.items() if "encoder" in section.copy_of}
-        self.publish(teachers={**self.specs.teachers, **copies})
+        copies = {name: section for name, section in sections.items() if "encoder" in section.copy_of}
+        self.publish(
+            teachers={**self.specs.teachers, **dict.fromkeys(copies, encoder.spec)},
+            teacher_views={**self.specs.teacher_views, **{n: self.view_of(n, each) for n, each in copies.items()}},
+        )
 
         heads = {
             name: self.build_head(name, section, encoder, masker) for name, section in recipe.named_heads().items()
@@ -166,6 +176,41 @@ class _Builder:
                 self.check_teacher_asks(component)
                 teachers.declare(component.teacher_asks())
         return Model(recipe, views, objective, teachers, self.specs)
+
+    def build_frozen(self, teachers: Teachers, name: str, section: TeacherSection, with_weights: bool) -> None:
+        """A frozen encoder sees its view as "x", in the normalisation it was trained in."""
+        where = f"teachers.{name}" if name in self.recipe.teachers else name
+        choice, mean, std = section.encoder, None, None
+        path = None if section.checkpoint is None else Path(section.checkpoint)
+        if choice is None:
+            try:
+                trained = trained_encoder(path, self.registry)
+            except CheckpointError as error:
+                raise self.misfit(where, str(error)) from error
+            choice, mean, std = trained.encoder, trained.mean, trained.std
+        view_name = self.view_of(name, section)
+        with self.slot(f"{where}.view"):
+            given = self.specs.view(view_name)
+        if given.kind != "image":
+            raise self.misfit(f"{where}.view", f"view '{view_name}' holds {given.kind}, a teacher looks at images")
+        expected = given if mean is None else replace(given, mean=mean, std=std)
+        specs = replace(self.specs, views={**self.specs.views, "x": replace(expected, name="x")})
+        place = f"{where}.encoder" if section.encoder is not None else where
+        teacher: Encoder = self.make("encoder", place, choice, specs)
+        if mean is None and teacher.spec.mean is not None:
+            mean, std = teacher.spec.mean, teacher.spec.std
+        if with_weights and path is not None:
+            missing = load_into(teacher, path, prefix="encoder.")
+            if missing:
+                raise CheckpointError(f"{path} lacks {_some(missing)} of the encoder of teacher '{name}'")
+        teachers.add_frozen(name, teacher, Renormalize(given, mean, std))
+        self.publish(
+            teachers={**self.specs.teachers, name: teacher.spec},
+            teacher_views={**self.specs.teacher_views, name: view_name},
+        )
+
+    def view_of(self, name: str, section: TeacherSection) -> str:
+        return section.view or (name if name in self.specs.views else "x")
 
     def build_head(self, name: str, section: Any, encoder: Encoder, masker: Masker) -> Head:
         where = "" if self.recipe.heads is None else f"heads.{name}."
@@ -216,7 +261,7 @@ class _Builder:
 
     def check_copies(self, objective: Objective) -> None:
         parts = {path: module for path, module in objective.named_modules() if path}
-        for name, section in self.recipe.teachers.items():
+        for name, section in self.recipe.named_teachers().items():
             for path in section.copy_of:
                 if path not in parts and section.of_teacher is None:
                     known = [each for each, module in parts.items() if isinstance(module, Component) or "." not in each]
@@ -274,6 +319,53 @@ def _refusal(mask: MaskerSpec, encoder: EncoderSpec) -> str:
     if mask.equal and "equal" not in accepts:
         return "the encoder needs rows that hide different numbers"
     return ""
+
+
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """An encoder as a run or an import describes it, with the normalisation of the images that it saw."""
+
+    encoder: Choice
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def trained_encoder(path: Path, registry: Registry) -> TrainedEncoder:
+    """What stands in a run directory, in one of its checkpoints, or in a folder or file of `mim import`.
+
+    Raises:
+        CheckpointError: if it is none of these; the message says which command makes one.
+    """
+    folder = path.parent if path.is_file() else path
+    recipes = [each / "recipe.yaml" for each in (folder, folder.parent.parent)]
+    run = next((each for each in recipes if each.is_file()), None)
+    if (folder / IMPORTED_SLOTS).is_file():
+        slots = read_yaml((folder / IMPORTED_SLOTS).read_bytes(), str(folder / IMPORTED_SLOTS)).data
+        encoder, views = (Choice.model_validate(slots[slot]) for slot in ("encoder", "views"))
+    elif run is not None and path.exists():
+        recipe = load_recipe(run, [], registry)
+        encoder, views = recipe.encoder, recipe.views
+    else:
+        known = [info.name for info in registry.recipes()]
+        cure = f"`mim run {path.name}` makes it" if path.name in known else "train one with `mim run`"
+        if path.is_file():
+            cure = f"`mim import {path}` makes a folder that can be named here"
+        what = "is neither a run nor a folder of `mim import`" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}; {cure}")
+    cls, config = registry.resolve("views", views)
+    spec = cls(config).specs.get("x")
+    return TrainedEncoder(encoder, None if spec is None else spec.mean, None if spec is None else spec.std)
+
+
+def decides_pixels(recipe: Recipe) -> dict[str, Any]:
+    """The parts of a recipe that decide which pixels a fixed view of a sample holds."""
+    source = recipe.data.source.model_dump(mode="json")
+    views = recipe.views.model_dump(mode="json")
+    return {
+        "data.source": {key: value for key, value in source.items() if key != "root"},
+        "data.views_per_image": recipe.data.views_per_image,
+        "views": {key: value for key, value in views.items() if key != "decoder"},
+    }
 
 
 def load_into(module: nn.Module, path: Path, prefix: str = "") -> list[str]:
@@ -392,6 +484,8 @@ def preflight(model: Model, device: torch.device) -> dict[str, float]:
             step = make_step(recipe, positions, phase=phase, teachers=model.teachers.session())
             with failures_as_recipe_errors(recipe):
                 views = model.views.prepare(step, batch)
+                for component in objective.components():
+                    component.begin_step(step)
                 masker = getattr(objective, "masker", None)
                 if isinstance(masker, Masker):  # an objective of its own may call anything so
                     for mask in masker(step, views).masks.values():

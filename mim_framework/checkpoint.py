@@ -187,6 +187,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         return _read_tensors(path)
     if (path / "manifest.json").is_file():
         return load(path).tensors("model")
+    if (path / "weights.safetensors").is_file():  # of `mim import`
+        return _read_tensors(path / "weights.safetensors")
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist; give a run directory, a checkpoint or a .safetensors file")
     found = find_latest(path / "checkpoints")

@@ -187,6 +187,20 @@ def bench(settings: Settings, recipe: str, overrides: tuple[str, ...], data: str
     click.echo(run_bench(checked, settings.registry, data=data, steps=steps))
 
 
+@main.command()
+@RECIPE
+@OVERRIDES
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write, for data.tokens.")
+@click.pass_obj
+def tokenize(settings: Settings, recipe: str, overrides: tuple[str, ...], output: Path) -> None:
+    """Store the token ids of all fixed views (data.views_per_image), so that no tokenizer runs in training."""
+    checked = settings.recipe(recipe, overrides)
+    from mim_framework.tokenize import tokenize as run_tokenize
+
+    facts = run_tokenize(checked, settings.registry, output, report=click.echo)
+    click.echo(f"{facts.num_images:,} images x {facts.views_per_image} views: use data.tokens={output}")
+
+
 # --- what is installed -----------------------------------------------------------------------------------------------
 
 

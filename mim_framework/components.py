@@ -49,6 +49,7 @@ class Specs:
 
     views: dict[str, ViewSpec] = field(default_factory=dict)
     teachers: dict[str, EncoderSpec] = field(default_factory=dict)
+    teacher_views: dict[str, str] = field(default_factory=dict)
     encoder: EncoderSpec = None  # type: ignore[assignment]
     masker: MaskerSpec = None  # type: ignore[assignment]
     target: TargetSpec = None  # type: ignore[assignment]
@@ -77,6 +78,10 @@ class Specs:
                 f"no teacher '{name}'; the teachers of this recipe are {', '.join(sorted(self.teachers)) or 'none'}"
             )
         return self.teachers[name]
+
+    def teacher_view(self, name: str) -> str:
+        """The name of the view that the named teacher looks at."""
+        return self.teacher_views.get(name, "x")
 
 
 class Component(nn.Module):
@@ -129,6 +134,16 @@ class Component(nn.Module):
     def metrics(self) -> dict[str, Tensor]:
         """Scalars worth logging, read only when a line is logged; detached."""
         return {}
+
+    def pictures(self) -> dict[str, Tensor]:
+        """Pictures worth logging, (1 or 3, H, W) in [0, 1], read when reconstructions are drawn."""
+        return {}
+
+    def calibrate(self, batches: Sequence[tuple[Step, Views]]) -> None:
+        """Called once, before the first step of a new run, with this rank's micro-batches of that step.
+
+        For what begins from data, such as a codebook; without gradients, on every rank. Ranks must end up equal.
+        """
 
     def begin_step(self, step: Step) -> None:
         """Called before the forward pass of every micro-batch of training: the place to read a schedule's value."""
@@ -283,6 +298,13 @@ class ViewBuilder:
     @abstractmethod
     def __call__(self, sample: Sample, rand: Tensor) -> dict[str, Tensor]:
         """sample, rand (num_random,) -> named tensors of one sample. Uses no randomness but `rand`."""
+
+    def for_sample(self, sample: Sample, rand: Tensor, index: int, fixed_view: int) -> dict[str, Tensor]:
+        """What the loader calls: `__call__`, for builders that do not care which sample of the source it is.
+
+        `fixed_view`: the number of the view where a recipe has so many of every image, else 0.
+        """
+        return self(sample, rand)
 
     def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Samples of one micro-batch, in order, to a batch."""

@@ -52,6 +52,8 @@ def _count(recipe: Recipe, model: Model, device: torch.device) -> Cost:
     positions = torch.arange(batch_size).to(device)
     step = make_step(recipe, positions, teachers=model.teachers.session(), phase=recipe.phase_names()[0])
     with failures_as_recipe_errors(recipe), FlopCounterMode(display=False) as counter:
+        for component in model.objective.components():
+            component.begin_step(step)
         batch = {name: tensor.to(device) for name, tensor in model.views.example(batch_size).items()}
         loss = sum(model.objective(step, model.views.prepare(step, batch)).values())
         forward = counter.get_total_flops()

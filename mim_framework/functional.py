@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from mim_framework.records import Grid
+from mim_framework.records import Grid, Mask, ViewSpec
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -29,6 +31,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     """tokens (B, N, D), ids (B, K) -> (B, K, D)."""
     return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[-1]))
+
+
+def paste(values: Tensor, ids: Tensor | None, onto: Tensor, mask: Mask) -> Tensor:
+    """onto (B, N, C) with `values` (B, M, C), held at the positions `ids` (None = all), wherever the mask predicts."""
+    if ids is not None:
+        values = onto.scatter(1, ids[..., None].expand_as(values), values)
+    return values.where(mask.where[..., None].bool(), onto)
+
+
+class Renormalize(nn.Module):
+    """A view (B, C, H, W) normalised as `view` says, in another normalisation; mean 0 and std 1 is [0, 1].
+
+    It leaves images as they are, to the bit, where both are the same or one of the two is not known.
+    """
+
+    def __init__(self, view: ViewSpec, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        super().__init__()
+        scale = shift = None
+        if None not in (view.mean, view.std, mean, std) and (view.mean, view.std) != (tuple(mean), tuple(std)):
+            old_mean, old_std, mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (view.mean, view.std, mean, std))
+            scale, shift = old_std / std, (old_mean - mean) / std
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    def forward(self, view: Tensor) -> Tensor:
+        return view if self.scale is None else view * self.scale + self.shift
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

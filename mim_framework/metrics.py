@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from mim_framework.config import Section
 from mim_framework.errors import MimError
@@ -169,6 +170,14 @@ def _drop_lines_after(step: int, path: Path) -> None:
             kept += line.rstrip(b"\n") + b"\n"
     if kept != content:
         replace_file(path, kept)
+
+
+def as_picture(pixels: Tensor) -> Image:
+    """(1 or 3, H, W) in [0, 1] -> an RGB picture."""
+    from PIL import Image
+
+    values = (pixels.detach().float().clamp(0, 1) * 255).round().byte().expand(3, -1, -1)
+    return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
 
 class Throughput:

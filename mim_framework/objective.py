@@ -28,9 +28,10 @@ class MaskedPrediction(Objective):
         masked = self.masker(step, views)
         mask = masked.masks["x"]
         latent = self.encode(masked.views["x"], mask)
-        losses = dict(masked.losses)
-        if clash := losses.keys() & self.heads.keys():
-            raise ValueError(f"masker '{self.masker.name}' gives a loss '{min(clash)}', which is the name of a head")
+        losses = {**masked.losses, **latent.losses}
+        if clash := losses.keys() & self.heads.keys() | masked.losses.keys() & latent.losses.keys():
+            sides = f"masker '{self.masker.name}', encoder '{self.encoder.name}'"
+            raise ValueError(f"two losses are called '{min(clash)}': of {sides} or a head of the recipe")
         for name, head in self.heads.items():
             target = head.target(step, masked)
             pred = head.decoder(latent, mask)

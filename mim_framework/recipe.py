@@ -31,6 +31,7 @@ from mim_framework.yaml_loader import read_scalar, read_yaml
 
 HEAD_SLOTS = ("target", "decoder", "loss")
 DEFAULT_OBJECTIVE = "masked_prediction"
+TOKENIZER = "tokenizer"
 
 
 def _file_name(text: str) -> str:
@@ -91,6 +92,8 @@ class Recipe(Section):
     """Several heads by name, instead of `target`, `decoder` and `loss`."""
     teachers: dict[PartName, TeacherSection] = {}
     """Frozen networks and momentum copies by name."""
+    tokenizer: str | None = Field(None, min_length=1)
+    """A run that trained a tokenizer, or a folder that `mim import` wrote: short for a frozen teacher `tokenizer`."""
     objective: Choice = Choice(type=DEFAULT_OBJECTIVE)
     """The order of a step."""
     optim: OptimSection | None = None
@@ -138,6 +141,12 @@ class Recipe(Section):
         if self.target is None or self.decoder is None or self.loss is None:
             return {}
         return {"main": HeadSection(target=self.target, decoder=self.decoder, loss=self.loss)}
+
+    def named_teachers(self) -> dict[str, TeacherSection]:
+        """The teachers by name, with that of `tokenizer`, which is not needed where its token ids are stored."""
+        if self.tokenizer is None or self.data.tokens is not None:
+            return self.teachers
+        return {TOKENIZER: TeacherSection(checkpoint=self.tokenizer), **self.teachers}
 
     def named_optimizers(self) -> dict[str, OptimSection]:
         """The optimizers by name; `optim` is the optimizer `main`."""
@@ -466,6 +475,8 @@ def _phase_problems(data: dict[str, Any]) -> Iterator[Problem]:
 def _teacher_problems(data: dict[str, Any]) -> Iterator[Problem]:
     """A teacher that copies another one needs one that is copied before it, with the same parts."""
     teachers = data.get("teachers") or {}
+    if data.get("tokenizer") is not None and isinstance(teachers, dict) and TOKENIZER in teachers:
+        yield Problem(("tokenizer",), f"stands beside 'teachers.{TOKENIZER}'; use one of the two")
     earlier: dict[str, Any] = {}
     for name, teacher in teachers.items() if isinstance(teachers, dict) else ():
         teacher = teacher if isinstance(teacher, dict) else {}

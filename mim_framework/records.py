@@ -49,6 +49,7 @@ class Mask:
     `equal` promises that every row hides the same number, `shared` that all rows are the same; both are checked by
     `validate()`, which the preflight and the contract tests call (it reads the device, a training step does not).
     `num_hidden`: hidden positions per row of an `equal` mask, None for others. Give it: counting waits for the device.
+    `max_hidden`: for other masks, a number that no row exceeds, so that heads can work on the hidden positions alone.
     `partner` (B,) int64: the row whose patches stand at this row's hidden positions, where a masker has mixed images
     (`MaskerSpec.mixes`); None = hidden positions hold nothing. Partners are mutual and hide the same positions, so that
     each row shows what the other hides.
@@ -62,6 +63,7 @@ class Mask:
     shared: bool = False
     num_hidden: int | None = None
     partner: Tensor | None = None
+    max_hidden: int | None = None
     _ids_shuffle: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -121,10 +123,19 @@ class Mask:
         order = torch.arange(self.grid.num_patches, device=self.hidden.device).expand_as(self.ids_shuffle)
         return torch.empty_like(self.ids_shuffle).scatter_(1, self.ids_shuffle, order)
 
-    @property
+    @cached_property
     def ids_predict(self) -> Tensor | None:
-        """(B, M) positions that heads may restrict themselves to, or None = work on every position."""
-        return self.ids_hidden if self.predict is None and self.equal and self.num_hidden > 0 else None
+        """(B, M) positions that heads may restrict themselves to, or None = work on every position.
+
+        A row that hides fewer than `max_hidden` is filled up with visible positions, where `where` is 0.
+        """
+        if self.predict is not None:
+            return None
+        if self.equal:
+            return self.ids_hidden if self.num_hidden > 0 else None
+        if self.max_hidden is None:
+            return None
+        return (~self.hidden).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.max_hidden]
 
     @property
     def where(self) -> Tensor:
@@ -143,7 +154,9 @@ class Mask:
         """Hidden and visible exchanged; predicts what is now hidden."""
         shuffle = None if self._ids_shuffle is None else self._ids_shuffle.flip(1)
         num_hidden = self.num_keep if self.equal else None
-        return replace(self, hidden=~self.hidden, predict=None, num_hidden=num_hidden, _ids_shuffle=shuffle)
+        return replace(
+            self, hidden=~self.hidden, predict=None, num_hidden=num_hidden, max_hidden=None, _ids_shuffle=shuffle
+        )
 
     def at(self, grid: Grid) -> Mask:
         """The mask on another grid of the same image.
@@ -171,11 +184,10 @@ class Mask:
             raise ValueError(f"cannot resample a mask of grid {self.grid} to {grid}: another number of axes")
         if all(new % old == 0 for new, old in pairs):
             factor = prod(new // old for new, old in pairs)
-            num_hidden = None if self.num_hidden is None else self.num_hidden * factor
+            num_hidden, max_hidden = (None if n is None else n * factor for n in (self.num_hidden, self.max_hidden))
             predict = None if self.predict is None else self._repeat(self.predict, grid)
-            return Mask(
-                self._repeat(self.hidden, grid), grid, predict, self.equal, self.shared, num_hidden, self.partner
-            )
+            hidden = self._repeat(self.hidden, grid)
+            return Mask(hidden, grid, predict, self.equal, self.shared, num_hidden, self.partner, max_hidden)
         if all(old % new == 0 for new, old in pairs):
             hidden = self._cells(self.hidden, grid).all(-1)
             predict = self._cells(self.where, grid).float().mean(-1)
@@ -193,6 +205,8 @@ class Mask:
         counts = self.hidden.sum(1)
         if self.equal and not bool((counts == self.num_hidden).all()):
             raise ValueError(f"mask says equal=True but hides {counts.tolist()} positions per row")
+        if self.max_hidden is not None and not bool((counts <= self.max_hidden).all()):
+            raise ValueError(f"mask says max_hidden={self.max_hidden} but hides {counts.tolist()} positions per row")
         if self.shared and not bool((self.hidden == self.hidden[:1]).all()):
             raise ValueError("mask says shared=True but its rows differ")
         if self.partner is not None:
@@ -258,7 +272,8 @@ class Latent:
 
     `ids` (B, n): grid position of each token, None = every position in order. `prefix` (B, P, D): class and register
     tokens. `layers[i]` (B, P + n, D): prefix first. `attn[i]` (B, heads, P + n, P + n).
-    `qkv[i]` (3, B, heads, P + n, d).
+    `qkv[i]` (3, B, heads, P + n, d). `losses`: what the encoder itself has to minimise, by name, already weighted (the
+    commitment of a quantiser).
     """
 
     tokens: Tensor
@@ -269,6 +284,7 @@ class Latent:
     attn: Mapping[int, Tensor] = field(default_factory=dict)
     qkv: Mapping[int, Tensor] = field(default_factory=dict)
     aux: Mapping[str, Any] = field(default_factory=dict)
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
 
     def pooled(self) -> Tensor:
         """(B, D): mean over the tokens, prefix excluded."""
@@ -360,11 +376,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """A view: `shape` of one sample, (C, H, W) for images."""
+    """A view: `shape` of one sample, (C, H, W) for images.
+
+    `mean` and `std` of each channel, if images in [0, 1] were normalised by them; `unit_range` takes that back.
+    A view of kind `ids` holds token ids (N,), of `num_classes` classes, on `grid`.
+    """
 
     name: str
     shape: tuple[int, ...]
-    kind: str = "image"
+    kind: Literal["image", "ids"] = "image"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    grid: Grid | None = None
+    num_classes: int | None = None
 
     @property
     def in_chans(self) -> int:
@@ -382,6 +406,9 @@ class EncoderSpec:
     `visible_only`: hidden tokens are dropped, so that `Latent.tokens` holds the visible positions only.
     `accepts`: masks whose rows hide equal numbers, masks whose rows vary, no mask at all, and mixed images (an encoder
     that accepts masks only of mixed images never sees an empty position).
+    `num_classes`: of a tokenizer, the size of the vocabulary of the ids (B, N) that it gives as `Latent.aux["ids"]`.
+    `mean`, `std`: the normalisation of the images that its weights were made for; None = that of the view it is built
+    for.
     """
 
     dim: int
@@ -395,6 +422,9 @@ class EncoderSpec:
     accepts: frozenset[Literal["equal", "varies", "none", "mixed"]] = frozenset({"equal", "varies", "none"})
     offers: Ask = Ask()
     layers: Mapping[int, tuple[int, Grid]] = field(default_factory=dict)
+    num_classes: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def lacks(self, ask: Ask) -> str:
         """What of `ask` this encoder cannot answer, in words; empty if it can answer all of it."""

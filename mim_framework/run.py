@@ -33,7 +33,7 @@ from mim_framework.schedule import epoch_of
 
 MAY_CHANGE = (
     "description", "output_dir", "init", "data.workers", "data.prefetch_factor", "data.source.root", "data.max_broken",
-    "train.batch_size", "train.device", "train.precision", "train.distributed", "train.compile",
+    "data.tokens", "train.batch_size", "train.device", "train.precision", "train.distributed", "train.compile",
     "train.max_nonfinite_steps", "log", "checkpoint", "evaluate",
 )  # fmt: skip
 """Keys that a resumed run may change: none of them changes what is learned, beyond rounding."""

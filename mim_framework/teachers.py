@@ -8,7 +8,7 @@ after a successful optimizer step. A teacher never holds its source as a submodu
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -28,9 +28,11 @@ class TeacherSection(AliasedSection):
     """A frozen encoder (`encoder`, `checkpoint`), or a copied part (`copy` and `momentum` or `refresh_every`)."""
 
     encoder: Choice | None = None
-    """A frozen encoder component."""
+    """A frozen encoder component; that of the run or import in `checkpoint` if it is left out."""
     checkpoint: str | None = None
-    """Weights of the frozen encoder: a run directory, a checkpoint or a safetensors file."""
+    """Weights of the frozen encoder: a run directory, a checkpoint, a safetensors file or a folder of `mim import`."""
+    view: str | None = Field(None, min_length=1)
+    """The view it looks at: by default the one called like the teacher, if the recipe's views have it, else "x"."""
     copy_of: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), alias="copy")
     """Parts of the model to copy, for example [encoder] or [encoder, heads.main.decoder]."""
     of_teacher: str | None = None
@@ -42,8 +44,10 @@ class TeacherSection(AliasedSection):
 
     @model_validator(mode="after")
     def _one_kind(self) -> TeacherSection:
-        if (self.encoder is None) == (not self.copy_of):
-            raise ValueError("a teacher is either frozen ('encoder') or a copy ('copy'), one of the two")
+        if (self.encoder is None and self.checkpoint is None) == (not self.copy_of):
+            raise ValueError(
+                "a teacher is either frozen ('encoder', 'checkpoint' or both) or a copy ('copy'), one of the two"
+            )
         if self.copy_of and (self.momentum is None) == (self.refresh_every is None):
             raise ValueError("a copied teacher needs 'momentum' or 'refresh_every', one of the two")
         if not self.copy_of and (self.momentum is not None or self.refresh_every is not None or self.of_teacher):
@@ -57,10 +61,14 @@ class TeacherSection(AliasedSection):
 class Teacher(nn.Module):
     """Some modules that are never trained: always in eval mode, without gradients."""
 
-    def __init__(self, parts: dict[str, nn.Module], ask: Ask = Ask()) -> None:
+    def __init__(
+        self, parts: dict[str, nn.Module], ask: Ask = Ask(), prepare: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """`prepare` turns a view of the recipe into what the encoder takes: images in another normalisation."""
         super().__init__()
         self.parts = nn.ModuleDict({_key(path): part for path, part in parts.items()})
         self.ask = ask
+        self.prepare = prepare or nn.Identity()
         self.requires_grad_(False)
         self.eval()
 
@@ -93,8 +101,8 @@ class Teachers(nn.Module):
     def __getitem__(self, name: str) -> Teacher:
         return self.teachers[name]  # type: ignore[return-value]
 
-    def add_frozen(self, name: str, encoder: Encoder) -> None:
-        self.teachers[name] = Teacher({"encoder": encoder})
+    def add_frozen(self, name: str, encoder: Encoder, prepare: nn.Module | None = None) -> None:
+        self.teachers[name] = Teacher({"encoder": encoder}, prepare=prepare)
 
     def add_copies(self, objective: nn.Module) -> None:
         """Copy the named parts, after weights have been loaded, so that a copy starts as its source."""
@@ -162,7 +170,7 @@ class TeacherSession:
         encoder = teacher.part("encoder")
         mask = Mask.none(len(view), encoder.spec.grid, view.device) if mask is None else mask  # type: ignore[union-attr]
         with torch.autocast(view.device.type, torch.bfloat16, self.bfloat16):  # also inside a target's precision island
-            return encoder(view, mask, teacher.ask)
+            return encoder(teacher.prepare(view), mask, teacher.ask)
 
 
 def _move(copied: nn.Module, source: nn.Module, momentum: float) -> None:

@@ -23,6 +23,7 @@ from mim_framework import checkpoint, rng, state
 from mim_framework.build import build_model, build_optimizers, build_source, preflight
 from mim_framework.components import Component
 from mim_framework.data.loader import Batch, Loader
+from mim_framework.data.tokens import CachedTokenViews
 from mim_framework.distributed import (
     STOP_SIGNALS,
     World,
@@ -36,7 +37,7 @@ from mim_framework.distributed import (
 from mim_framework.errors import CheckpointError, DataError, TrainingError
 from mim_framework.evaluate.knn import online_knn
 from mim_framework.evaluate.reconstruct import draw_fixed
-from mim_framework.metrics import MetricsWriter, Throughput
+from mim_framework.metrics import MetricsWriter, Throughput, as_picture
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 from mim_framework.report import Progress
@@ -74,6 +75,8 @@ class Trainer:
         layout = batch_layout(recipe, world.rank, world.size)
         directory = prepare_directory(recipe, registry, world, fresh=fresh)
         model = build_model(recipe, registry).to(device)
+        if isinstance(model.views, CachedTokenViews):
+            model.views.cache.check_images(len(source))
         preflight(model, device)
         self.run = Run(directory, recipe, world, device, model, source, layout, *run_length(recipe, len(source)))
         self.objective, self.teachers = model.objective, model.teachers
@@ -144,6 +147,9 @@ class Trainer:
                     micro_batches: Iterable[Batch] = islice(
                         batches, run.layout.accum_steps
                     )  # read while the device works
+                    if index == 0 and any(type(each).calibrate is not Component.calibrate for each in self.components):
+                        micro_batches = list(micro_batches)
+                        self._calibrate(micro_batches)
                     if len(self.phases) > 1:
                         micro_batches = list(micro_batches)
                     self._after_step(index + 1, self.train_step(index, micro_batches))
@@ -152,6 +158,18 @@ class Trainer:
             raise
         finally:
             self._announce("mim_run_finished", error=error)
+
+    @torch.no_grad()
+    def _calibrate(self, micro_batches: list[Batch]) -> None:
+        """Let components begin from the data of the first step."""
+        steps = [self.run.step(0, batch, self.phases[0].name) for batch in micro_batches]
+        batches = [
+            (step, self.run.model.views.prepare(step, batch.views))
+            for step, batch in zip(steps, micro_batches, strict=True)
+        ]
+        with self.autocast, whole_weights(self.objective):
+            for component in self.components:
+                component.calibrate(batches)
 
     def _summarise(self, history: list[dict[str, Tensor]], grad_norms: dict[str, Tensor]) -> dict[str, float]:
         """Means over micro-batches and ranks, gradient norms, and whether any rank was told to stop; one reduction."""
@@ -260,8 +278,13 @@ class Trainer:
     def _draw(self, done: int) -> None:
         with self.autocast, whole_weights(self.objective):
             picture = draw_fixed(self.objective, self.run, self.held_out)
-        if picture is not None and self.run.world.is_main:
+        if not self.run.world.is_main:
+            return
+        if picture is not None:
             self.metrics.image("reconstructions", picture, done)
+        for path, module in self.objective.named_modules():
+            for name, pixels in module.pictures().items() if isinstance(module, Component) else ():
+                self.metrics.image(f"{path or module.name}.{name}", as_picture(pixels), done)
 
     def _save(self, done: int) -> None:
         run, recipe = self.run, self.run.recipe

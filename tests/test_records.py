@@ -93,6 +93,17 @@ def test_predicted_positions_are_ids_only_when_they_are_the_hidden_ones():
     assert mask_of([[1, 0, 1, 0]]).ids_predict is None
 
 
+def test_rows_that_hide_fewer_are_filled_up_with_visible_positions_of_no_weight():
+    mask = mask_of([[1, 0, 1, 0], [0, 0, 1, 0]], max_hidden=2)
+    assert mask.ids_predict.tolist() == [[0, 2], [2, 0]]
+    assert mask.where.gather(1, mask.ids_predict).tolist() == [[True, True], [True, False]]
+    assert mask.at(Grid((4, 4))).ids_predict.shape == (2, 8)
+    assert mask.complement().ids_predict is None
+    mask.validate()
+    with pytest.raises(ValueError, match=r"max_hidden=1 but hides \[2, 1\]"):
+        mask_of([[1, 0, 1, 0], [0, 0, 1, 0]], max_hidden=1).validate()
+
+
 def test_pred_gathers_what_it_holds_and_refuses_the_rest():
     ids = torch.tensor([[2, 0]])
     everywhere = Pred(torch.arange(4.0).reshape(1, 4, 1), GRID)

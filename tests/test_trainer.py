@@ -6,12 +6,14 @@ import json
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import yaml
+from mim_plugin_mae import MAEEncoder
 from torch import nn
 
 from mim_framework import checkpoint
@@ -23,6 +25,7 @@ from mim_framework.errors import MimError, RecipeError, TrainingError
 from mim_framework.hookspecs import hookimpl
 from mim_framework.metrics import read_metrics
 from mim_framework.recipe import load_recipe
+from mim_framework.records import Ask
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.trainer import Trainer, train
 
@@ -94,6 +97,64 @@ def learned(run_dir: Path) -> list[dict[str, float]]:
     """The log without what depends on the clock."""
     kept = ("step", "epoch", "lr", "loss", "loss/main", "grad_norm")
     return [{key: line[key] for key in kept if key in line} for line in read_metrics(run_dir / "metrics.jsonl")]
+
+
+# --- components that begin from data, have losses of their own, or draw --------------------------------------------
+
+
+class CentringEncoder(MAEEncoder):
+    """Subtracts the mean of the first total batch, asks for small tokens, draws its centre."""
+
+    name = "centring"
+    told: list[list[list[int]]] = []
+
+    def __init__(self, config, specs):
+        super().__init__(config, specs)
+        self.register_buffer("centre", torch.zeros(3, 1, 1))
+
+    def calibrate(self, batches):
+        self.told.append([step.positions.tolist() for step, _ in batches])
+        total = torch.stack([views["x"].mean((0, 2, 3)) for _, views in batches]).mean(0)
+        self.centre.copy_(batches[0][0].world.mean(total)[:, None, None])
+
+    def forward(self, view, mask, ask=Ask()):
+        latent = super().forward(view - self.centre, mask, ask)
+        return replace(latent, losses={"small": 0.1 * latent.tokens.square().mean()})
+
+    def pictures(self):
+        return {"centre": self.centre.expand(3, 4, 4)}
+
+
+def centred(folder: Path, *overrides: str, **changes) -> Path:
+    encoder = {**RECIPE["encoder"], "type": "centring"}
+    return run(folder, *overrides, registry=RegistryWith(CentringEncoder), encoder=encoder, **changes)
+
+
+def test_components_are_calibrated_once_with_the_whole_first_step(tmp_path):
+    CentringEncoder.told.clear()
+    directory = centred(tmp_path, "train.batch_size=2", "train.steps=2", "checkpoint.every_steps=1")
+    assert CentringEncoder.told == [[[0, 1], [2, 3], [4, 5], [6, 7]]]
+    centre = final_tensors(directory)["model/encoder.centre"]
+    assert bool(centre.abs().max() > 0)
+    (directory / "checkpoints" / "step_00000002").rename(tmp_path / "aside")
+    centred(tmp_path, "train.batch_size=2", "train.steps=2", "checkpoint.every_steps=1")
+    assert len(CentringEncoder.told) == 1  # a resumed run has begun before
+
+
+def test_calibration_and_losses_of_encoders_agree_between_one_rank_and_two(tmp_path):
+    alone = centred(tmp_path / "alone", "train.steps=2")
+    run_ranks(lambda rank: centred(tmp_path / "ranks", "train.steps=2", "train.batch_size=2"))
+    together = tmp_path / "ranks" / "tiny"
+    assert losses_of(together) == pytest.approx(losses_of(alone), rel=1e-5)
+    names = {name for line in read_metrics(alone / "metrics.jsonl") for name in line}
+    assert {"loss/main", "loss/small"} <= names
+    centres = [final_tensors(each)["model/encoder.centre"] for each in (alone, together)]
+    assert torch.allclose(*centres, atol=1e-6)
+
+
+def test_components_draw_pictures_beside_the_reconstructions(tmp_path):
+    directory = centred(tmp_path, "log.num_images=1", "log.images_every_epochs=1", "train.steps=1")
+    assert (directory / "encoder.centre" / "step_00000001.png").is_file()
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------

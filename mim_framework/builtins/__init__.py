@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.encoders import TimmEncoder
-from mim_framework.builtins.losses import CrossEntropyLoss, L1Loss, MSELoss
+from mim_framework.builtins.losses import CosineLoss, CrossEntropyLoss, L1Loss, MSELoss
 from mim_framework.builtins.maskers import BlockMasker, NoMasker, RandomMasker
-from mim_framework.builtins.targets import FeatureTarget, PixelTarget
+from mim_framework.builtins.targets import FeatureTarget, PixelTarget, TokenTarget
 from mim_framework.builtins.vit import MaskTokenViT
 from mim_framework.data.sources import DigitsSource, FolderSource, TorchvisionSource
 from mim_framework.data.views import ImageViews
@@ -26,7 +26,7 @@ def mim_encoders():
 
 @hookimpl
 def mim_targets():
-    return [PixelTarget, FeatureTarget]
+    return [PixelTarget, FeatureTarget, TokenTarget]
 
 
 @hookimpl
@@ -36,7 +36,7 @@ def mim_decoders():
 
 @hookimpl
 def mim_losses():
-    return [MSELoss, L1Loss, CrossEntropyLoss]
+    return [MSELoss, L1Loss, CosineLoss, CrossEntropyLoss]
 
 
 @hookimpl

@@ -20,8 +20,9 @@ class LinearDecoder(Decoder):
     class Config(Section):
         norm: bool = False
         """LayerNorm before the linear layer, for an encoder without a final one (MaskFeat)."""
-        init: Literal["trunc_normal", "torch"] = "trunc_normal"
-        """Initial weights: truncated normal of 0.02 and zero biases, or PyTorch's default (SimMIM)."""
+        init: Literal["trunc_normal", "trunc_normal_one_std", "torch"] = "trunc_normal"
+        """Initial weights: truncated normal of 0.02 and zero biases, the same cut at one standard deviation (BEiT), or
+        PyTorch's default (SimMIM)."""
 
     config: Config
 
@@ -37,8 +38,9 @@ class LinearDecoder(Decoder):
         self.grid = specs.encoder.grid
         self.norm = nn.LayerNorm(specs.encoder.dim, eps=1e-6) if self.config.norm else nn.Identity()
         self.head = nn.Linear(specs.encoder.dim, specs.target.dim)
-        if self.config.init == "trunc_normal":
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
+        if self.config.init != "torch":
+            cut = 0.02 if self.config.init == "trunc_normal_one_std" else 2.0
+            nn.init.trunc_normal_(self.head.weight, std=0.02, a=-cut, b=cut)
             nn.init.zeros_(self.head.bias)
         self.spec = PredSpec("probs" if specs.target.kind in ("ids", "probs") else "dense", specs.target.dim, self.grid)
 

@@ -196,7 +196,7 @@ class BlockMasker(Masker):
             last_edge=not keep_trying,
         )
         if c.rule == "stop_short":
-            return Masked({"x": Mask(hidden, grid)}, views)
+            return Masked({"x": Mask(hidden, grid, max_hidden=self.num_hidden)}, views)
         hidden = complete(hidden, step.rand("mask completion", grid.num_patches), self.num_hidden)
         return Masked({"x": Mask(hidden, grid, equal=True, num_hidden=self.num_hidden)}, views)
 

@@ -8,8 +8,8 @@ from torch.nn.functional import layer_norm
 
 from mim_framework.components import Specs, Target
 from mim_framework.config import Section
-from mim_framework.functional import gather_tokens, patchify, unpatchify
-from mim_framework.records import Grid, Mask, Masked, Pred, Step, TargetSpec
+from mim_framework.functional import gather_tokens, paste, patchify, unpatchify
+from mim_framework.records import Ask, Grid, Mask, Masked, Pred, Step, TargetSpec
 
 
 def normalize_patches(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,11 +59,7 @@ class PixelTarget(Target):
         if self.config.norm_pix_loss:
             _, mean, std = normalize_patches(true)
             values = values * std + mean
-        if pred.ids is None:
-            patches = values.where(mask.where[..., None].bool(), patches)
-        else:
-            patches = patches.scatter(1, pred.ids[..., None].expand_as(values), values)
-        return unpatchify(patches, self.patch_size, self.spec.grid)
+        return unpatchify(paste(values, pred.ids, patches, mask), self.patch_size, self.spec.grid)
 
 
 class FeatureTarget(Target):
@@ -74,8 +70,6 @@ class FeatureTarget(Target):
     class Config(Section):
         teacher: str
         """Name of the teacher in the recipe's `teachers`."""
-        view: str = "x"
-        """The view that the teacher sees."""
         normalize: bool = True
         """Layer-normalise each token without learned parameters."""
 
@@ -84,9 +78,64 @@ class FeatureTarget(Target):
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
         teacher = specs.teacher(self.config.teacher)
-        specs.view(self.config.view)
+        self.view = specs.teacher_view(self.config.teacher)
         self.spec = TargetSpec("dense", teacher.dim, teacher.grid)
 
     def forward(self, step: Step, masked: Masked) -> Tensor:
-        tokens = step.teacher(self.config.teacher, masked.clean(self.config.view)).tokens.float()
+        tokens = step.teacher(self.config.teacher, masked.clean(self.view)).tokens.float()
         return layer_norm(tokens, tokens.shape[-1:]) if self.config.normalize else tokens
+
+
+class TokenTarget(Target):
+    """Token ids of a frozen tokenizer (BEiT, BEiT v2): computed in every step, or those that `mim tokenize` wrote."""
+
+    name = "token_ids"
+    CACHED = "token_ids"
+
+    class Config(Section):
+        teacher: str = "tokenizer"
+        """Name of the tokenizer in the recipe's `teachers`; that of the recipe's key `tokenizer` by default."""
+        vocab_size: int | None = Field(None, gt=0)
+        """Number of classes that the tokenizer must have, as `mim import` writes it for a model; null for any."""
+
+    config: Config
+
+    def __init__(self, config: Section, specs: Specs) -> None:
+        super().__init__(config, specs)
+        name, vocab_size = self.config.teacher, self.config.vocab_size
+        self.view: str | None = None
+        if self.CACHED in specs.views:
+            found = specs.view(self.CACHED)
+        elif name in specs.teachers:
+            found = specs.teacher(name)
+            self.view = specs.teacher_view(name)
+        elif vocab_size is not None:  # enough to build the model around it
+            self.spec = TargetSpec("ids", vocab_size, specs.encoder.grid)
+            return
+        else:
+            raise ValueError(self.lacking())
+        if found.num_classes is None or found.grid is None:
+            raise ValueError(f"target 'token_ids': teacher '{name}' is no tokenizer, its encoder gives no ids")
+        if vocab_size not in (None, found.num_classes):
+            raise ValueError(
+                f"target 'token_ids': the tokenizer has {found.num_classes} classes, vocab_size says {vocab_size}"
+            )
+        self.spec = TargetSpec("ids", found.num_classes, found.grid)
+
+    def lacking(self) -> str:
+        """What to do about a tokenizer that is not there."""
+        return (
+            f"target 'token_ids' needs a teacher '{self.config.teacher}': give tokenizer=RUN, a run that trained one "
+            "or a folder that `mim import` wrote; or data.tokens=FOLDER, which `mim tokenize` wrote"
+        )
+
+    def teacher_asks(self) -> dict[str, Ask]:
+        return {} if self.view is None else {self.config.teacher: Ask(aux=frozenset({"ids"}))}
+
+    def forward(self, step: Step, masked: Masked) -> Tensor:
+        """(B, N) int64"""
+        if self.CACHED in masked.views:
+            return masked.views[self.CACHED]
+        if self.view is None:
+            raise ValueError(self.lacking())
+        return step.teacher(self.config.teacher, masked.clean(self.view)).aux["ids"]

@@ -7,6 +7,7 @@ encoder from `MaskTokenViT`: a name, defaults, and how the weights begin.
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
 
 import torch
@@ -183,18 +184,8 @@ class MaskTokenViT(Encoder):
             self.pos_embed = None
         self.rel_pos_bias = RelativePositionBias(grid, c.num_heads) if c.relative_bias == "shared" else None
         rates = [c.drop_path_rate * i / max(1, c.depth - 1) for i in range(c.depth)]
-        self.blocks = nn.ModuleList(
-            Block(
-                c.embed_dim,
-                c.num_heads,
-                c.mlp_ratio,
-                qkv_bias=c.qkv_bias,
-                layer_scale=c.layer_scale or None,
-                drop_path=rate,
-                table_grid=grid if c.relative_bias == "per_block" else None,
-            )
-            for rate in rates
-        )
+        self.grid = grid
+        self.blocks = nn.ModuleList(self.new_block(rate) for rate in rates)
         self.norm = nn.LayerNorm(c.embed_dim, eps=NORM_EPS) if c.final_norm else nn.Identity()
         self.init_weights()
 
@@ -207,8 +198,26 @@ class MaskTokenViT(Encoder):
             num_heads=c.num_heads,
             num_prefix_tokens=1,
             in_chans=view.in_chans,
-            offers=Ask(layers=frozenset(layers), attn=frozenset(layers), qkv=frozenset(layers)),
+            offers=Ask(
+                layers=frozenset(layers),
+                attn=frozenset(layers),
+                qkv=frozenset(layers),
+                aux=frozenset({"position_bias"} if self.rel_pos_bias is not None else ()),
+            ),
             layers=dict.fromkeys(layers, (c.embed_dim, grid)),
+        )
+
+    def new_block(self, drop_path: float = 0.0) -> Block:
+        """A block like the encoder's own, with weights as torch begins them."""
+        c = self.config
+        return Block(
+            c.embed_dim,
+            c.num_heads,
+            c.mlp_ratio,
+            qkv_bias=c.qkv_bias,
+            layer_scale=c.layer_scale or None,
+            drop_path=drop_path,
+            table_grid=self.grid if c.relative_bias == "per_block" else None,
         )
 
     def init_weights(self) -> None:
@@ -239,7 +248,7 @@ class MaskTokenViT(Encoder):
         return self.blocks
 
     def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent:
-        """view (B, C, H, W) -> tokens (B, N, D)."""
+        """view (B, C, H, W) -> tokens (B, N, D). Aux `position_bias` (1, heads, 1 + N, 1 + N) is that of all blocks."""
         x = self.embed(view, mask.at(self.spec.grid))
         shared_bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         layers, attn, qkvs = {}, {}, {}
@@ -254,7 +263,8 @@ class MaskTokenViT(Encoder):
                 logits, bias = q @ k.mT * block.attn.scale, block.attn.bias(shared_bias)
                 attn[i] = (logits if bias is None else logits + bias).softmax(-1)
         x = self.final_norm(x)
-        return Latent(x[:, 1:], self.spec.grid, prefix=x[:, :1], layers=layers, attn=attn, qkv=qkvs)
+        aux = {"position_bias": shared_bias} if "position_bias" in ask.aux else {}
+        return Latent(x[:, 1:], self.spec.grid, prefix=x[:, :1], layers=layers, attn=attn, qkv=qkvs, aux=aux)
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.norm(x)
@@ -266,3 +276,55 @@ class MaskTokenViT(Encoder):
             patches = torch.where(mask.hidden[..., None], self.mask_token, patches)
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
+
+
+class BEiTViT(MaskTokenViT):
+    """The ViT that BEiT, BEiT v2 and SimMIM share; their plugins give it its names.
+
+    Relative position biases that all blocks share instead of positions, layer scale, no bias of the key.
+    """
+
+    class Config(MaskTokenViT.Config):
+        position: Literal["learned", "sincos", "none"] = "none"
+        """Absolute positions added to the tokens: learned ones, MAE's fixed table, or none."""
+        relative_bias: Literal["none", "shared", "per_block"] = "shared"
+        """Learned biases of the attention by relative position: none, one table for all blocks, or one for each."""
+        qkv_bias: Literal["full", "qv", "none"] = "qv"
+        """Biases of query, key and value: all, query and value only, or none."""
+        layer_scale: float | None = Field(0.1, ge=0)
+        """Initial value of a learned factor on every channel of each residual branch; null or 0 for none."""
+        decay_bias_tables: bool = True
+        """Weight decay for tables of relative positions, as in the official pre-training; false exempts them."""
+
+    config: Config
+
+    def init_weights(self) -> None:
+        """As officially: normal of 0.02 cut at one standard deviation, residual branches smaller with depth."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        trunc_normal(self.patch_embed.proj.weight)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for name in ("cls_token", "mask_token", "pos_embed"):
+            if isinstance(parameter := getattr(self, name), nn.Parameter):
+                trunc_normal(parameter)
+        self.rescale_by_depth()
+
+    def no_weight_decay(self) -> tuple[str, ...]:
+        """Class token and absolute positions; the mask token does decay."""
+        tables = (name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table"))
+        return ("cls_token", "pos_embed", *(() if self.config.decay_bias_tables else tables))
+
+
+def trunc_normal(tensor: Tensor) -> None:
+    """Standard deviation 0.02 before it is cut at -0.02 and 0.02 (SimMIM's and BEiT's official pre-training)."""
+    nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
+
+
+def vit_layer_id(name: str, depth: int) -> int:
+    """Layer id for fine-tuning of ids 0 to depth + 1; norms, head and a shared bias table have the last."""
+    if block := re.match(r"blocks\.(\d+)\.", name):
+        return int(block[1]) + 1
+    return 0 if name in ("cls_token", "mask_token", "pos_embed") or name.startswith("patch_embed") else depth + 1

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mim_framework.build import build_model
+from mim_framework.build import IMPORTED_SLOTS, IMPORTED_WEIGHTS, build_model
 from mim_framework.components import CheckpointFormat
 from mim_framework.convert.positions import resize_bias_table, resize_position_table
 from mim_framework.convert.reading import ForeignCheckpoint, read_checkpoint
@@ -23,7 +23,7 @@ from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 from mim_framework.records import Grid
 
-WEIGHTS, SLOTS = "weights.safetensors", "slots.yaml"
+WEIGHTS, SLOTS = IMPORTED_WEIGHTS, IMPORTED_SLOTS
 
 _REST_OF_A_RECIPE: dict[str, Any] = {
     "name": "import",

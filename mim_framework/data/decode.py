@@ -154,8 +154,7 @@ class Image:
         Raises:
             BrokenImage: if the pixels cannot be decoded.
         """
-        needs = 2 * out_size[0], 2 * out_size[1]
-        scale = next((s for s in self._scales if height >= s * needs[0] and width >= s * needs[1]), 1)
+        scale = self._scale_for(height, width, out_size)
         top, left, height, width = self._to_file_frame(top, left, height, width)
         if self._transpose:
             out_size = out_size[::-1]
@@ -173,6 +172,34 @@ class Image:
             resized = resized.transpose(1, 2)
         dims = [dim for dim, reverse in ((1, self._flip_rows), (2, self._flip_columns != flip)) if reverse]
         return (resized.flip(dims) if dims else resized).contiguous()
+
+    def change(
+        self, adjust: Callable[[pil.Image], pil.Image], height: int, width: int, out_size: tuple[int, int]
+    ) -> None:
+        """Change the pixels of the whole picture, such as its colours, before regions are cut from it.
+
+        Args:
+            adjust: RGB picture -> RGB picture of the same size.
+            height, width, out_size: of the most detailed `crop` that will follow, which decides the scale.
+
+        Raises:
+            BrokenImage: if the pixels cannot be decoded.
+        """
+        try:
+            pixels = self._decode(self._scale_for(height, width, out_size))
+            whole = pil.fromarray(pixels.permute(1, 2, 0).numpy()) if isinstance(pixels, Tensor) else pixels
+            self._pixels = adjust(_to_rgb(whole, self._bits))
+        except MemoryError:
+            raise
+        except _UnsupportedMode as error:
+            raise BrokenImage(self.name, "unsupported", str(error)) from None
+        except Exception as error:
+            raise _broken(self.name, error) from error
+        self._bits = 8
+
+    def _scale_for(self, height: int, width: int, out_size: tuple[int, int]) -> int:
+        """The coarsest scale at which a region keeps twice the resolution it needs."""
+        return next((s for s in self._scales if height >= 2 * s * out_size[0] and width >= 2 * s * out_size[1]), 1)
 
     def _to_file_frame(self, top: int, left: int, height: int, width: int) -> tuple[int, int, int, int]:
         """A box in the oriented image to the same box in the image as stored."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -52,6 +52,16 @@ class DataSection(Section):
     max_broken: float = Field(0.01, ge=0, le=1)
     """Share of the images read so far that may be broken; above it the run stops. 10 on a rank are always tolerated.
     A broken image is replaced by another one, chosen by its position in the run."""
+    views_per_image: int | None = Field(None, gt=0)
+    """Every image is seen in so many fixed views, one per epoch in turn; null for a new random view in every epoch."""
+    tokens: str | None = Field(None, min_length=1)
+    """Folder that `mim tokenize` wrote: token ids of the fixed views, instead of a tokenizer in every step."""
+
+    @model_validator(mode="after")
+    def _fixed(self) -> DataSection:
+        if self.tokens is not None and self.views_per_image is None:
+            raise ValueError("'tokens' are those of fixed views; give 'views_per_image' as `mim tokenize` had it")
+        return self
 
     @property
     def num_workers(self) -> int:
@@ -170,8 +180,8 @@ class Loader:
         Raises:
             DataError: if more images are broken than `max_broken` allows.
         """
-        reader = _TrainingReader(self.source, self.views, self.seed)
-        batches = _prefetch(
+        reader = TrainingReader(self.source, self.views, self.seed, self.section.views_per_image)
+        batches = prefetch(
             reader,
             self._requests(),
             workers=self.section.num_workers,
@@ -196,14 +206,14 @@ class Loader:
         finally:
             del batches  # ends the workers now, also where the traceback of an error would keep them alive
 
-    def _requests(self) -> Iterator[_Request]:
+    def _requests(self) -> Iterator[Request]:
         order = SampleOrder(self.seed, len(self.source))
         for step in range(self.start_step, self.total_steps):
             for micro in range(self.layout.accum_steps):
                 positions = self.layout.positions(step, micro)
-                yield _Request(step, micro, list(positions), order.indices(positions))
+                yield Request(step, micro, list(positions), order.indices(positions))
 
-    def _record(self, request: _Request, broken: list[Broken], complete: bool) -> None:
+    def _record(self, request: Request, broken: list[Broken], complete: bool) -> None:
         """Count and list broken samples, and stop above the budget."""
         self._num_read += len(broken) + (len(request.positions) if complete else 0)
         if not broken:
@@ -254,14 +264,14 @@ def evaluation_batches(
     wanted = range(len(source)) if indices is None else indices
     requests = (list(wanted[i : i + batch_size]) for i in range(0, len(wanted), batch_size))
     reader = _EvaluationReader(source, views)
-    for images, labels, broken in _prefetch(reader, requests, workers=workers, remote=source.remote):
+    for images, labels, broken in prefetch(reader, requests, workers=workers, remote=source.remote):
         for sample in broken if on_broken else ():
             on_broken(sample)
         if images is not None:
             yield {"x": images}, labels
 
 
-class _Request(NamedTuple):
+class Request(NamedTuple):
     """What a worker is asked for: plain numbers, which travel to it faster than tensors."""
 
     step: int
@@ -270,29 +280,43 @@ class _Request(NamedTuple):
     indices: list[int]
 
 
-class _TrainingReader:
+class TrainingReader:
     """Reads one micro-batch per call, in a worker."""
 
-    def __init__(self, source: Source, views: ViewBuilder, seed: int) -> None:
-        self.source, self.views, self.seed = source, views, seed
+    def __init__(self, source: Source, views: ViewBuilder, seed: int, views_per_image: int | None = None) -> None:
+        self.source, self.views, self.seed, self.views_per_image = source, views, seed, views_per_image
 
-    def __getitem__(self, request: _Request) -> tuple[_Request, dict[str, Tensor] | None, list[Broken]]:
+    def __getitem__(self, request: Request) -> tuple[Request, dict[str, Tensor] | None, list[Broken]]:
         """The request, its batch (None if a position found no usable sample) and the broken samples."""
-        rand = rng.uniform(self.seed, "views", torch.tensor(request.positions), self.views.num_random)
         broken: list[Broken] = []
         samples = []
-        for position, index, row in zip(request.positions, request.indices, rand, strict=True):
-            sample = self._sample(position, index, row, broken)
+        rand = None
+        if self.views_per_image is None:
+            rand = rng.uniform(self.seed, "views", torch.tensor(request.positions), self.views.num_random)
+        for number, (position, index) in enumerate(zip(request.positions, request.indices, strict=True)):
+            sample = self._sample(position, index, None if rand is None else rand[number], broken)
             if sample is None:
                 return request, None, broken
             samples.append(sample)
         return request, self.views.collate(samples), broken
 
-    def _sample(self, position: int, index: int, row: Tensor, broken: list[Broken]) -> dict[str, Tensor] | None:
+    def fixed_view(self, index: int, number: int) -> dict[str, Tensor]:
+        """One of the fixed views of a sample: its crop follows from the sample and the number alone.
+
+        Raises:
+            BrokenImage: if the sample cannot be used.
+        """
+        place = torch.tensor([index * self.views_per_image + number])
+        row = rng.uniform(self.seed, "fixed views", place, self.views.num_random)[0]
+        return self.views.for_sample(self.source.read(index), row, index, number)
+
+    def _sample(self, position: int, index: int, row: Tensor | None, broken: list[Broken]) -> dict[str, Tensor] | None:
         """The views of the sample, or of the first usable one of those that this position falls back to."""
         for attempt in range(1 + MAX_REPLACEMENTS):
             try:
-                return self.views(self.source.read(index), row)
+                if row is None:
+                    return self.fixed_view(index, position // len(self.source) % self.views_per_image)
+                return self.views.for_sample(self.source.read(index), row, index, 0)
             except BrokenImage as error:
                 broken.append(Broken(position, index, error.name, error.cause, error.detail))
             bits = rng.random_bits(self.seed, "replacement", torch.tensor([position]), MAX_REPLACEMENTS)
@@ -318,7 +342,7 @@ class _EvaluationReader:
         return torch.stack(images) if images else None, torch.tensor(labels, dtype=torch.int64), broken
 
 
-def _prefetch(
+def prefetch(
     reader: Any,
     requests: Iterable[Any],
     *,

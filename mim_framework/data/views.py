@@ -94,7 +94,7 @@ def resized_center_crop(image: Image, img_size: int, interpolation: Interpolatio
     return resized[:, border : border + img_size, border : border + img_size].contiguous()
 
 
-def _increasing(interval: tuple[float, float]) -> tuple[float, float]:
+def increasing(interval: tuple[float, float]) -> tuple[float, float]:
     if interval[0] > interval[1]:
         raise ValueError(f"must be [smallest, largest], got {list(interval)}")
     return interval
@@ -113,9 +113,9 @@ class ImageViews(ViewBuilder):
     class Config(Section):
         img_size: int = Field(224, gt=0)
         """Height and width of the view, in pixels."""
-        scale: Annotated[tuple[Share, Share], AfterValidator(_increasing)] = (0.2, 1.0)
+        scale: Annotated[tuple[Share, Share], AfterValidator(increasing)] = (0.2, 1.0)
         """Smallest and largest share of the image's area that a crop covers."""
-        ratio: Annotated[tuple[Positive, Positive], AfterValidator(_increasing)] = (3 / 4, 4 / 3)
+        ratio: Annotated[tuple[Positive, Positive], AfterValidator(increasing)] = (3 / 4, 4 / 3)
         """Smallest and largest width / height of a crop."""
         flip: float = Field(0.5, ge=0, le=1)
         """Probability of a horizontal flip."""
@@ -138,8 +138,9 @@ class ImageViews(ViewBuilder):
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
-        self.specs = {"x": ViewSpec("x", (3, self.config.img_size, self.config.img_size))}
-        jpeg_decoder(self.config.decoder)  # imported before workers fork, and refused here if it is missing
+        c = self.config
+        self.specs = {"x": ViewSpec("x", (3, c.img_size, c.img_size), mean=c.mean, std=c.std)}
+        jpeg_decoder(c.decoder)  # imported before workers fork, and refused here if it is missing
         self._normalisation: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def open(self, sample: Sample) -> Image:

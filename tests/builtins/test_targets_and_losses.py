@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mim_framework.builtins.decoders import LinearDecoder
-from mim_framework.builtins.losses import CrossEntropyLoss, L1Loss, MSELoss
+from mim_framework.builtins.losses import CosineLoss, CrossEntropyLoss, L1Loss, MSELoss
 from mim_framework.builtins.targets import FeatureTarget, PixelTarget, normalize_patches
 from mim_framework.components import Specs
 from mim_framework.functional import patchify
@@ -90,6 +90,40 @@ def test_cross_entropy_against_ids_and_probabilities():
     assert loss(logits, torch.tensor([[0, 0, 0, 1]]), mask, None).item() == pytest.approx(0.693147, abs=1e-5)
     probabilities = torch.tensor([0.25, 0.75]).expand(1, 4, 2)
     assert loss(logits, probabilities, mask, None).item() == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_accuracy_and_loss_count_hidden_positions_of_uneven_rows_alike():
+    """A mean over all hidden positions, not over images: one row hides two, the other one."""
+    mask = Mask(torch.tensor([[1, 1, 0, 0], [0, 0, 1, 0]], dtype=torch.bool), GRID, max_hidden=2)
+    logits = torch.tensor(
+        [[[2.0, 0.0], [0.0, 1.0], [9.0, 0.0], [9.0, 0.0]], [[9.0, 0.0], [0.0, 9.0], [0.0, 3.0], [0.0, 0.0]]]
+    )
+    ids = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 1]])
+    loss = CrossEntropyLoss(CrossEntropyLoss.Config(), specs())
+    assert loss.metrics() == {}
+    chosen = mask.ids_predict
+    value = loss(Pred(logits.gather(1, chosen[..., None].expand(-1, -1, 2)), GRID, chosen), ids, mask, None)
+    by_hand = -torch.log_softmax(torch.tensor([[2.0, 0.0], [1.0, 0.0], [3.0, 0.0]]), 1)[[0, 1, 2], [0, 1, 0]].mean()
+    assert value.item() == pytest.approx(by_hand.item())
+    assert value.item() == pytest.approx(loss(Pred(logits, GRID), ids, mask, None).item())
+    assert loss.metrics()["accuracy"].item() == pytest.approx(2 / 3)
+
+
+def test_cosine_by_hand():
+    loss = CosineLoss(CosineLoss.Config(), specs())
+    values = torch.tensor([[[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [5.0, 5.0]]])
+    wanted = torch.tensor([[[6.0, 8.0], [0.0, 1.0], [0.0, -1.0], [0.0, 1.0]]])
+    assert loss(Pred(values, GRID), wanted, mask_of([1, 1, 1, 0]), None).item() == pytest.approx((0 + 1 + 2) / 3)
+
+
+def test_pads_of_uneven_rows_are_not_pasted_into_a_reconstruction():
+    target = pixels(norm=False)
+    mask = Mask(torch.tensor([[0, 1, 0, 0]], dtype=torch.bool), GRID, max_hidden=2)
+    view = torch.rand(1, 3, 8, 8)
+    pred = Pred(torch.zeros(1, 2, 48), GRID, mask.ids_predict)
+    expected = view.clone()
+    expected[:, :, :4, 4:] = 0
+    assert torch.equal(target.reconstruct(pred, mask, view), expected)
 
 
 def test_linear_decoder_predicts_at_hidden_positions():

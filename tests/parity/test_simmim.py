@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from mim_plugin_simmim import SwinEncoder, swin_layer_id, vit_layer_id
+from mim_plugin_simmim import SwinEncoder, swin_layer_id
 from mim_plugin_simmim.checkpoints import OfficialSwinCheckpoint, OfficialViTCheckpoint, head_to_official
 from parity.harness import (
     GRADIENT_TOLERANCE,
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pixel_shuffle
 
 from mim_framework.build import build_model, exempt_names, make_step
+from mim_framework.builtins.vit import vit_layer_id
 from mim_framework.optim import OptimSection, layer_decay_scale, parameter_groups
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe

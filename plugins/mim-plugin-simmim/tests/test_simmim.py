@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from mim_plugin_simmim import SimMIMViT, SwinEncoder, SwinV2Encoder, swin_layer_id, vit_layer_id
+from mim_plugin_simmim import SimMIMViT, SwinEncoder, SwinV2Encoder, swin_layer_id
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mim_framework import Ask, Encoder, Grid, Mask, Specs, ViewSpec
 from mim_framework.build import build_model, exempt_names, make_step
+from mim_framework.builtins.vit import vit_layer_id
 from mim_framework.evaluate.reconstruct import reconstruct
 from mim_framework.optim import parameter_groups
 from mim_framework.plugins import Registry

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import hardshrink, normalize, pad
 
-from mim_framework import Grid, Mask, Masked, Pred, Section, Specs, Step, Target, TargetSpec, gather_tokens
+from mim_framework import Grid, Mask, Masked, Pred, Section, Specs, Step, Target, TargetSpec, gather_tokens, paste
 
 USUAL_CELL_SIZE = 8  # SlowFast, `MaskMViT`: pool=8
 CHUNK = 2**18
@@ -202,12 +202,7 @@ class HOGTarget(Target):
 
         f enlarges small cells to `GLYPH_SIZE`. Channels are averaged.
         """
-        patches, values = self.describe(view), pred.values.float()
-        if pred.ids is None:
-            hidden = mask.at(self.spec.grid).where[..., None].bool()
-            patches = values.where(hidden, patches)
-        else:
-            patches = patches.scatter(1, pred.ids[..., None].expand_as(values), values)
+        patches = paste(pred.values.float(), pred.ids, self.describe(view), mask.at(self.spec.grid))
         size = self.cell_size * math.ceil(GLYPH_SIZE / self.cell_size)
         shape = (*self.spec.grid.shape, -1, self.config.bins, self.cells_per_side, self.cells_per_side)
         cells = patches.unflatten(2, shape[2:]).unflatten(1, shape[:2]).mean(3).clamp(min=0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from mim_framework import Ask, Encoder, EncoderSpec, Grid, Latent, Mask, Section, Specs, attend, hookimpl
-from mim_framework.builtins.vit import MaskTokenViT, look_up
+from mim_framework.builtins.vit import BEiTViT, look_up
 from mim_plugin_simmim.checkpoints import (
     MMPretrainSwinCheckpoint,
     OfficialSwinCheckpoint,
@@ -244,60 +244,15 @@ class SwinV2Encoder(SwinEncoder):
         return swin_transformer_v2.SwinTransformerV2(pretrained_window_sizes=no_other_windows, **options)
 
 
-class SimMIMViT(MaskTokenViT):
+class SimMIMViT(BEiTViT):
     """ViT in the manner of BEiT: shared relative position biases, layer scale, no bias of the key, no positions."""
 
     name = "simmim_vit"
-
-    class Config(MaskTokenViT.Config):
-        position: Literal["learned", "sincos", "none"] = "none"
-        """Absolute positions added to the tokens: learned ones, MAE's fixed table, or none."""
-        relative_bias: Literal["none", "shared", "per_block"] = "shared"
-        """Learned biases of the attention by relative position: none, one table for all blocks, or one for each."""
-        qkv_bias: Literal["full", "qv", "none"] = "qv"
-        """Biases of query, key and value: all, query and value only, or none."""
-        layer_scale: float | None = Field(0.1, ge=0)
-        """Initial value of a learned factor on every channel of each residual branch; null or 0 for none."""
-        decay_bias_tables: bool = True
-        """Weight decay for tables of relative positions, as in the official pre-training; false exempts them."""
-
-    config: Config
-
-    def init_weights(self) -> None:
-        """As officially: normal of 0.02 cut at one standard deviation, residual branches smaller with depth."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        trunc_normal(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        for name in ("cls_token", "mask_token", "pos_embed"):
-            if isinstance(parameter := getattr(self, name), nn.Parameter):
-                trunc_normal(parameter)
-        self.rescale_by_depth()
-
-    def no_weight_decay(self) -> tuple[str, ...]:
-        """Class token and absolute positions; the mask token does decay."""
-        tables = () if self.config.decay_bias_tables else position_weights(self)
-        return ("cls_token", "pos_embed", *tables)
-
-
-def trunc_normal(tensor: Tensor) -> None:
-    """Standard deviation 0.02 before it is cut at -0.02 and 0.02 (vision_transformer.py)."""
-    nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
 
 
 def position_weights(module: nn.Module) -> Iterator[str]:
     """Names of the parameters that encode relative positions."""
     return (name for name, _ in module.named_parameters() if any(key in name for key in POSITION_WEIGHTS))
-
-
-def vit_layer_id(name: str, depth: int) -> int:
-    """Layer id for fine-tuning of ids 0 to depth + 1; shared bias tables, norms and head have the last."""
-    if block := re.match(r"blocks\.(\d+)\.", name):
-        return int(block[1]) + 1
-    return 0 if name in ("cls_token", "mask_token", "pos_embed") or name.startswith("patch_embed") else depth + 1
 
 
 def swin_layer_id(name: str, depths: tuple[int, ...]) -> int:

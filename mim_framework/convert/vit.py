@@ -1,0 +1,58 @@
+"""What the layouts of BEiT-like checkpoints share (`builtins/vit.py`): sizes read from tensors, names of timm."""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import Any
+
+from torch import Tensor
+
+SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+OWN_TABLE = "attn.relative_position_bias_table"
+HEADS_OF_WIDTH = {768: 12, 1024: 16}
+
+
+def depth_of(state: dict[str, Tensor]) -> int:
+    """Number of blocks `blocks.I.…`."""
+    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+
+
+def vit_options(state: dict[str, Tensor]) -> tuple[int | None, dict[str, Any]]:
+    """Image size (None if no tensor tells it) and options of a `BEiTViT` for an encoder's tensors, without prefix.
+
+    The number of heads follows from a bias table, else from the usual widths; the initial layer scale is in no tensor.
+    """
+    patch_size, dim = state["patch_embed.proj.weight"].shape[-1], state["cls_token"].shape[-1]
+    table = state.get(SHARED_TABLE, state.get(f"blocks.0.{OWN_TABLE}"))
+    positions = state.get("pos_embed")
+    side = None
+    if positions is not None:
+        side = isqrt(positions.shape[1] - 1)
+    elif table is not None:
+        side = (isqrt(len(table) - 3) + 1) // 2
+    options = {
+        "patch_size": patch_size,
+        "embed_dim": dim,
+        "depth": depth_of(state),
+        "num_heads": HEADS_OF_WIDTH.get(dim) if table is None else table.shape[1],
+        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / dim,
+        "position": "none" if positions is None else "learned",
+        "relative_bias": "shared" if SHARED_TABLE in state else "none" if table is None else "per_block",
+        "layer_scale": 0.1 if "blocks.0.gamma_1" in state else 0.0,
+    }
+    return side and side * patch_size, options
+
+
+def to_timm_beit(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An encoder's tensors, names without prefix -> timm's `Beit`: the shared bias table copied into every block.
+
+    Raises:
+        ValueError: if timm's model has no place for what the encoder has.
+    """
+    if "blocks.0.attn.qkv.bias" in state:
+        raise ValueError("there the key has no bias, in this run it has one (qkv_bias: full)")
+    kept = {name: tensor for name, tensor in state.items() if name != "mask_token"}
+    table = kept.pop(SHARED_TABLE, None)
+    if table is not None:
+        kept |= {f"blocks.{i}.{OWN_TABLE}": table.clone() for i in range(depth_of(state))}
+    return kept

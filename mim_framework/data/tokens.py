@@ -1,0 +1,221 @@
+"""Token ids of fixed views on disk: `mim tokenize` writes them once, a run reads them beside the images.
+
+A folder holds `ids.npy` (images, views of each, N), read by memory map, and `tokens.json`, which says what they are the
+ids of. A run refuses a folder of other images, other views or another seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mim_framework import rng
+from mim_framework.components import ViewBuilder
+from mim_framework.data.decode import BrokenImage
+from mim_framework.errors import DataError
+from mim_framework.files import replace_file
+from mim_framework.records import Grid, Sample, Step, Views, ViewSpec
+
+IDS, FACTS, UNFINISHED = "ids.npy", "tokens.json", "unfinished.json"
+FORMAT = 1
+VIEW = "token_ids"
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """Of what the ids are: `views_of` holds the parts of the recipe that decide the pixels, by key."""
+
+    num_images: int
+    views_per_image: int
+    grid: tuple[int, ...]
+    num_classes: int
+    seed: int
+    views_of: dict[str, Any]
+    tokenizer: str
+    precision: str
+    format: int = FORMAT
+    sha256: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.num_images, self.views_per_image, Grid(self.grid).num_patches
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Small enough for the vocabulary, with one value left for images that could not be read."""
+        return np.dtype(np.uint16 if self.num_classes < 2**16 else np.uint32)
+
+    @property
+    def unread(self) -> int:
+        return int(np.iinfo(self.dtype).max)
+
+
+class TokenWriter:
+    """Writes a folder of ids; it counts as whole only after `finish`. What an interrupted writer left is kept.
+
+    Raises:
+        DataError: if the folder cannot be written, or holds ids of something else.
+    """
+
+    def __init__(self, folder: Path, facts: TokenFacts) -> None:
+        self.folder, self.facts = folder, facts
+        if (folder / FACTS).exists() or ((folder / IDS).exists() and not self._unfinished()):
+            raise DataError(f"{folder} holds token ids already; name another folder, or delete it")
+        mode = "r+" if self._unfinished() else "w+"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._ids = np.lib.format.open_memmap(folder / IDS, mode=mode, dtype=facts.dtype, shape=facts.shape)
+            if mode == "w+":
+                self._ids[:] = facts.unread
+                self._ids.flush()
+                replace_file(folder / UNFINISHED, _text(facts))
+        except OSError as error:
+            raise DataError(f"cannot write to {folder}: {error.strerror}") from error
+
+    def _unfinished(self) -> bool:
+        """Whether the folder was begun with the same facts."""
+        file = self.folder / UNFINISHED
+        return file.is_file() and file.read_bytes() == _text(self.facts)
+
+    def missing(self, batch_size: int) -> list[tuple[int, list[int]]]:
+        """(number of the fixed view, indices of samples) of all that is not written yet, in batches."""
+        batches = []
+        for view in range(self.facts.views_per_image):
+            indices = np.flatnonzero(self._ids[:, view, 0] == self.facts.unread).tolist()
+            batches += [(view, indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+        return batches
+
+    def put(self, indices: list[int], view: int, ids: Tensor) -> None:
+        """ids (B, N) of one fixed view of the samples."""
+        self._ids[indices, view] = ids.cpu().numpy().astype(self.facts.dtype)
+
+    def finish(self) -> TokenFacts:
+        self._ids.flush()
+        facts = replace(self.facts, sha256=_sha256(self.folder / IDS))
+        replace_file(self.folder / FACTS, _text(facts))
+        (self.folder / UNFINISHED).unlink(missing_ok=True)
+        return facts
+
+
+class TokenCache:
+    """A folder that `mim tokenize` wrote.
+
+    Raises:
+        DataError: if it is none, is not whole, or does not belong to what a recipe reads (`check`).
+    """
+
+    def __init__(self, folder: Path, *, verify: bool = True) -> None:
+        """`verify` reads the whole file once, and compares its hash."""
+        self.folder = folder
+        try:
+            stored = json.loads((folder / FACTS).read_text())
+            self.facts = TokenFacts(**{**stored, "grid": tuple(stored["grid"])})
+            self._ids = np.load(folder / IDS, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"data.tokens {folder} is no whole folder of token ids; make one: mim tokenize RECIPE --output {folder}"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"data.tokens {folder} cannot be read: {error}") from error
+        found = (self._ids.shape, self._ids.dtype)
+        if found != (self.facts.shape, self.facts.dtype):
+            raise DataError(f"data.tokens {folder}: ids of {found[0]} {found[1]}, {FACTS} says {self.facts.shape}")
+        if verify and _sha256(folder / IDS) != self.facts.sha256:
+            raise DataError(f"data.tokens {folder}: {IDS} is damaged, its hash is not the one in {FACTS}")
+
+    def check(self, *, views_of: dict[str, Any], seed: int) -> None:
+        """Whether a recipe reads the very same views.
+
+        Raises:
+            DataError: naming what differs.
+        """
+        wanted = {"seed": seed, **views_of}
+        stored = {"seed": self.facts.seed, **self.facts.views_of}
+        differing = [
+            f"{key}: {stored.get(key)} there, {wanted.get(key)} here"
+            for key in sorted(wanted.keys() | stored.keys())
+            if wanted.get(key) != stored.get(key)
+        ]
+        if differing:
+            raise DataError(
+                f"data.tokens {self.folder} holds ids of other views: {'; '.join(differing)}. Undo the change, or run "
+                "mim tokenize again"
+            )
+
+    def check_images(self, num_images: int) -> None:
+        """
+        Raises:
+            DataError: if the source has another number of images.
+        """
+        if num_images != self.facts.num_images:
+            raise DataError(
+                f"data.tokens {self.folder} holds ids of {self.facts.num_images:,} images, data.source has "
+                f"{num_images:,}: bring the images back, or run mim tokenize again"
+            )
+
+    def ids(self, index: int, view: int, name: str) -> Tensor:
+        """(N,) int64 of one fixed view of a sample.
+
+        Raises:
+            BrokenImage: if the image could not be read when the ids were made.
+        """
+        row = self._ids[index, view].astype(np.int64)
+        if row[0] == self.facts.unread:
+            raise BrokenImage(name, "unreadable", f"no token ids in {self.folder}, where it could not be read")
+        return torch.from_numpy(row)
+
+
+class CachedTokenViews(ViewBuilder):
+    """The views of another builder, and beside them the stored token ids of each."""
+
+    name = "cached_tokens"
+
+    def __init__(self, views: ViewBuilder, cache: TokenCache) -> None:
+        super().__init__(views.config)
+        self.inner, self.cache = views, cache
+        facts = cache.facts
+        spec = ViewSpec(VIEW, facts.shape[2:], "ids", grid=Grid(facts.grid), num_classes=facts.num_classes)
+        self.specs = {**views.specs, VIEW: spec}
+        self.num_random = views.num_random
+
+    def __call__(self, sample: Sample, rand: Tensor) -> dict[str, Tensor]:
+        return self.inner(sample, rand)
+
+    def for_sample(self, sample: Sample, rand: Tensor, index: int, fixed_view: int) -> dict[str, Tensor]:
+        return {**self.inner(sample, rand), VIEW: self.cache.ids(index, fixed_view, sample.name)}
+
+    def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids = torch.stack([sample[VIEW] for sample in samples])
+        rest = [{name: view for name, view in sample.items() if name != VIEW} for sample in samples]
+        return {**self.inner.collate(rest), VIEW: ids}
+
+    def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
+        views = self.inner.prepare(step, {name: view for name, view in batch.items() if name != VIEW})
+        return {**views, VIEW: batch[VIEW]} if VIEW in batch else views
+
+    def example(self, batch_size: int) -> dict[str, Tensor]:
+        spec = self.specs[VIEW]
+        noise = rng.uniform(0, "example token_ids", torch.arange(batch_size), spec.shape[0])
+        return {**self.inner.example(batch_size), VIEW: (noise * spec.num_classes).long()}
+
+    def evaluation_view(self, sample: Sample) -> Tensor:
+        return self.inner.evaluation_view(sample)
+
+    def to_image(self, view: Tensor) -> Tensor:
+        return self.inner.to_image(view)
+
+
+def _text(facts: TokenFacts) -> bytes:
+    return (json.dumps(asdict(facts), indent=1) + "\n").encode()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

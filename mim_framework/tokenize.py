@@ -1,0 +1,131 @@
+"""`mim tokenize`: the token ids of all fixed views of a recipe's images, computed once and stored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mim_framework.build import Model, build_model, build_source, decides_pixels, make_step
+from mim_framework.components import Source, Target
+from mim_framework.data.decode import BrokenImage
+from mim_framework.data.loader import TrainingReader, prefetch
+from mim_framework.data.tokens import TokenFacts, TokenWriter
+from mim_framework.distributed import choose_device, compile_blocks
+from mim_framework.errors import DataError, RecipeError
+from mim_framework.plugins import Registry
+from mim_framework.recipe import Recipe
+from mim_framework.records import Masked
+from mim_framework.run import uses_bfloat16
+
+BATCH_SIZE = 64
+"""Images per forward pass where the recipe has no `train.batch_size`."""
+REPORT_SECONDS = 10.0
+
+
+def tokenize(
+    recipe: Recipe, registry: Registry, output: Path, *, report: Callable[[str], None] = lambda text: None
+) -> TokenFacts:
+    """Write the folder of token ids that the recipe then takes as `data.tokens`.
+
+    An interrupted call goes on where it stopped. Images that cannot be read are left out, as they are in training.
+
+    Args:
+        report: told how far it is, now and then.
+
+    Raises:
+        RecipeError: if the recipe has no fixed views or no target of token ids.
+        DataError: if the source has no images or the folder cannot be written.
+    """
+    if recipe.data.views_per_image is None:
+        text = "missing; stored ids need fixed views of every image, for example data.views_per_image=10"
+        raise RecipeError(f"{recipe.location('data.views_per_image')}: {text}")
+    source = build_source(recipe, registry)
+    if len(source) == 0:
+        raise DataError(f"data.source '{recipe.data.source.type}' has no images")
+    device = choose_device(recipe.train.device)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokens": None}), "init": None})
+    model = build_model(recipe, registry).to(device)
+    target = _target_of_ids(recipe, model)
+    if recipe.train.compile:
+        compile_blocks(model.teachers.repeated_blocks())
+    bfloat16 = uses_bfloat16(recipe.train.precision, device)
+    facts = TokenFacts(
+        num_images=len(source),
+        views_per_image=recipe.data.views_per_image,
+        grid=target.spec.grid.shape,
+        num_classes=target.spec.dim,
+        seed=recipe.seed,
+        views_of=decides_pixels(recipe),
+        tokenizer=recipe.tokenizer or "",
+        precision="bfloat16" if bfloat16 else "float32",
+    )
+    writer = TokenWriter(output, facts)
+    batch_size = recipe.train.batch_size or min(BATCH_SIZE, recipe.train.total_batch_size)
+    started = last = time.monotonic()
+    done = 0
+    requests = writer.missing(batch_size)
+    total = sum(len(indices) for _, indices in requests)
+    for (number, _), indices, batch in _read(recipe, source, model, requests):
+        if batch is not None:
+            on_device = {name: view.to(device, non_blocking=True) for name, view in batch.items()}
+            writer.put(indices, number, _ids(model, target, recipe, on_device, bfloat16))
+        done += batch_size
+        now = time.monotonic()
+        if now - last > REPORT_SECONDS:
+            last = now
+            report(f"{min(done, total):,} of {total:,} views, {done / (now - started):,.0f} a second")
+    return writer.finish()
+
+
+@torch.no_grad()
+def _ids(model: Model, target: Target, recipe: Recipe, batch: dict[str, Tensor], bfloat16: bool) -> Tensor:
+    """(B, N) of a batch before `prepare`."""
+    size = len(next(iter(batch.values())))
+    positions = torch.arange(size, device=next(iter(batch.values())).device)
+    step = make_step(recipe, positions, teachers=model.teachers.session(bfloat16=bfloat16))
+    return target(step, Masked({}, model.views.prepare(step, batch)))
+
+
+def _target_of_ids(recipe: Recipe, model: Model) -> Target:
+    heads = getattr(model.objective, "heads", {})
+    targets = [head.target for head in heads.values() if head.target.spec.kind == "ids"]
+    if len(targets) != 1:
+        found = ", ".join(f"'{head.target.name}'" for head in heads.values()) or "none"
+        text = f"mim tokenize needs a recipe with one target of token ids, its targets are {found}"
+        raise RecipeError(f"{recipe.location('target')}: {text}")
+    return targets[0]
+
+
+class _Reader:
+    """Reads one fixed view of some samples per call, in a worker; broken ones are left out."""
+
+    def __init__(self, reader: TrainingReader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, request: tuple[int, list[int]]) -> tuple[Any, list[int], dict[str, Tensor] | None]:
+        number, indices = request
+        read, samples = [], []
+        for index in indices:
+            try:
+                samples.append(self.reader.fixed_view(index, number))
+                read.append(index)
+            except BrokenImage:
+                continue
+        return request, read, self.reader.views.collate(samples) if samples else None
+
+
+def _read(recipe: Recipe, source: Source, model: Model, requests: list[tuple[int, list[int]]]) -> Iterator[Any]:
+    reader = TrainingReader(source, model.views, recipe.seed, recipe.data.views_per_image)
+    return prefetch(
+        _Reader(reader),
+        requests,
+        workers=recipe.data.num_workers,
+        remote=source.remote,
+        prefetch_factor=recipe.data.prefetch_factor,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,315 @@
+"""Two-stage runs: a tokenizer by its run, token ids in every step or stored once, the same either way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny import RECIPE
+from torch import nn
+
+from mim_framework.build import build_model, make_step, preflight
+from mim_framework.components import Encoder
+from mim_framework.data.tokens import TokenCache
+from mim_framework.errors import DataError, MimError, RecipeError
+from mim_framework.functional import Renormalize, patchify
+from mim_framework.metrics import read_metrics
+from mim_framework.recipe import load_recipe
+from mim_framework.records import Ask, EncoderSpec, Grid, Latent, ViewSpec
+from mim_framework.testing import RegistryWith
+from mim_framework.tokenize import tokenize
+from mim_framework.trainer import train
+
+
+class ToyTokenizer(Encoder):
+    """The nearest of some directions for every patch of 4 pixels; drops out a part in training, and counts calls."""
+
+    name = "toy_tokenizer"
+
+    class Config(Encoder.Config):
+        vocab_size: int = 8
+        """Number of ids."""
+
+    config: Config
+
+    def __init__(self, config, specs):
+        super().__init__(config, specs)
+        height, width = specs.view("x").img_size
+        grid = Grid((height // 4, width // 4))
+        self.codes = nn.Linear(48, self.config.vocab_size, bias=False)
+        self.drop = nn.Dropout(0.9)
+        self.register_buffer("calls", torch.zeros(()))
+        self.spec = EncoderSpec(
+            self.config.vocab_size, grid, 4, 1, 1, offers=Ask(aux=frozenset({"ids"})),
+            accepts=frozenset({"none"}), num_classes=self.config.vocab_size,
+        )  # fmt: skip
+
+    def forward(self, view, mask, ask=Ask()):
+        if self.training:
+            self.calls += 1
+        self.seen = view
+        logits = self.codes(self.drop(patchify(view, 4)))
+        return Latent(logits, self.spec.grid, aux={"ids": logits.argmax(-1)})
+
+
+REGISTRY = RegistryWith(ToyTokenizer)
+STAGE_ONE = {
+    **RECIPE,
+    "name": "one",
+    "views": {"type": "image", "img_size": 16, "mean": [0.0] * 3, "std": [1.0] * 3},
+    "masker": "none",
+    "encoder": "toy_tokenizer",
+    "decoder": "linear",
+}
+STAGE_TWO = {
+    **RECIPE,
+    "name": "two",
+    "encoder": {"type": "vit", "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
+    "target": "token_ids",
+    "decoder": "linear",
+    "loss": "cross_entropy",
+}
+
+
+@pytest.fixture(scope="module")
+def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    return train(recipe_of(folder, STAGE_ONE), REGISTRY)
+
+
+def recipe_of(folder: Path, content: dict[str, Any], *overrides: str) -> Any:
+    file = folder / "recipe_of_a_test.yaml"
+    file.write_text(yaml.safe_dump({**content, "output_dir": str(folder / "runs")}))
+    return load_recipe(file, overrides, REGISTRY)
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
+
+
+# --- the tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_is_built_and_loaded_from_its_run(tmp_path: Path, stage_one: Path):
+    model = build_model(recipe_of(tmp_path, STAGE_TWO, f"tokenizer={stage_one}"), REGISTRY)
+    tokenizer = model.teachers["tokenizer"].part("encoder")
+    trained = build_model(recipe_of(tmp_path, STAGE_ONE, f"init={stage_one}"), REGISTRY).objective.encoder
+    assert torch.equal(tokenizer.codes.weight, trained.codes.weight)
+    assert model.objective.heads["main"].target.spec.dim == 8
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "file", "import"])
+def test_a_tokenizer_may_be_a_checkpoint_or_what_was_imported(tmp_path: Path, stage_one: Path, what: str):
+    [checkpoint] = (stage_one / "checkpoints").iterdir()
+    path = checkpoint
+    if what != "checkpoint":
+        folder = tmp_path / "imported"
+        folder.mkdir()
+        (folder / "weights.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+        slots = {name: STAGE_ONE[name] for name in ("views", "encoder")}
+        (folder / "slots.yaml").write_text(yaml.safe_dump(slots))
+        path = folder / "weights.safetensors" if what == "file" else folder
+    model = build_model(recipe_of(tmp_path, STAGE_TWO, f"tokenizer={path}"), REGISTRY)
+    expected = build_model(recipe_of(tmp_path, STAGE_TWO, f"tokenizer={stage_one}"), REGISTRY)
+    of = lambda each: each.teachers["tokenizer"].part("encoder").codes.weight  # noqa: E731
+    assert torch.equal(of(model), of(expected))
+
+
+def test_a_tokenizer_sees_images_as_in_its_own_training(tmp_path: Path, stage_one: Path):
+    """Its run had images in [0, 1], this recipe's are normalised."""
+    model = build_model(recipe_of(tmp_path, STAGE_TWO, f"tokenizer={stage_one}"), REGISTRY)
+    step = make_step(model.recipe, torch.arange(2), teachers=model.teachers.session())
+    batch = model.views.example(2)
+    model.objective(step, model.views.prepare(step, batch))
+    seen = model.teachers["tokenizer"].part("encoder").seen
+    assert torch.allclose(seen, batch["x"].float() / 255, atol=1e-6)
+
+
+def test_renormalising_to_the_same_is_no_change_at_all():
+    view = torch.randn(2, 3, 4, 4)
+    spec = ViewSpec("x", (3, 4, 4), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    assert Renormalize(spec, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))(view) is view
+    assert Renormalize(ViewSpec("x", (3, 4, 4)), (0, 0, 0), (1, 1, 1))(view) is view
+    unit = Renormalize(spec, (0, 0, 0), (1, 1, 1))(view)
+    assert torch.allclose(unit[:, 1], view[:, 1] * 0.3 + 0.4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tokenizer=runs/one"], r"tokenizer: runs/one does not exist; train one with `mim run`"),
+        (["tokenizer=runs/quickstart"], r"tokenizer: runs/quickstart does not exist; `mim run quickstart` makes it"),
+        (["tokenizer={folder}"], r"tokenizer: .* is neither a run nor a folder of `mim import`; train one"),
+        (["tokenizer={file}"], r"tokenizer: .*foreign.pth is neither .*; `mim import .*foreign.pth` makes a folder"),
+        ([], r"target 'token_ids' needs a teacher 'tokenizer': give tokenizer=RUN"),
+        (["tokenizer={one}", "teachers.tokenizer.encoder=vit"], r"tokenizer: stands beside 'teachers.tokenizer'"),
+        (["tokenizer={one}", "target.vocab_size=512"], r"the tokenizer has 8 classes, vocab_size says 512"),
+        (["tokenizer={one}", "encoder.patch_size=8"], r"decoder 'linear': target grid 4x4, encoder grid 2x2"),
+        (["tokenizer={one}", "loss=mse"], r"loss 'mse' takes dense targets, target 'token_ids' gives ids"),
+        (["teachers.tokenizer.encoder={{type: vit, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}"],
+         r"teacher 'tokenizer' is no tokenizer, its encoder gives no ids"),
+        (["tokenizer={one}", "teachers.other.checkpoint={one}", "teachers.other.view=left"], r"no view 'left'"),
+    ],
+)  # fmt: skip
+def test_a_missing_or_wrong_tokenizer_is_refused_with_a_cure(
+    tmp_path: Path, stage_one: Path, overrides: list[str], message: str
+):
+    (tmp_path / "foreign.pth").write_bytes(b"x")
+    names = {"folder": tmp_path, "file": tmp_path / "foreign.pth", "one": stage_one}
+    with pytest.raises(RecipeError, match=message):
+        build_model(recipe_of(tmp_path, STAGE_TWO, *[each.format(**names) for each in overrides]), REGISTRY)
+
+
+def test_a_tokenizer_of_other_sizes_is_refused_by_name(tmp_path: Path, stage_one: Path):
+    teachers = f"teachers.tokenizer={{encoder: {{type: toy_tokenizer, vocab_size: 9}}, checkpoint: '{stage_one}'}}"
+    with pytest.raises(MimError, match=r"shapes that do not fit the recipe: codes.weight \(8, 48\), needed \(9, 48\)"):
+        build_model(recipe_of(tmp_path, STAGE_TWO, teachers), REGISTRY)
+
+
+def test_a_model_can_be_built_around_a_known_vocabulary_and_not_trained(tmp_path: Path):
+    model = build_model(recipe_of(tmp_path, STAGE_TWO, "target.vocab_size=8"), REGISTRY)
+    with pytest.raises(RecipeError, match="needs a teacher 'tokenizer'"):
+        preflight(model, torch.device("cpu"))
+
+
+def test_frozen_means_frozen_for_many_steps(tmp_path: Path, stage_one: Path):
+    seen: dict[str, Any] = {}
+
+    class Spy(ToyTokenizer):
+        def forward(self, view, mask, ask=Ask()):
+            seen["model"] = self
+            return super().forward(view, mask, ask)
+
+    recipe = recipe_of(tmp_path, STAGE_TWO, f"tokenizer={stage_one}", "train.steps=500", "train.total_batch_size=2")
+    before = build_model(recipe, REGISTRY).teachers["tokenizer"].part("encoder").state_dict()
+    train(recipe, RegistryWith(Spy))
+    after = seen["model"].state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not seen["model"].training
+
+
+# --- stored ids ------------------------------------------------------------------------------------------------------
+
+
+def short(folder: Path, stage_one: Path, *overrides: str) -> Any:
+    return recipe_of(folder, STAGE_TWO, f"tokenizer={stage_one}", "data.views_per_image=2", *overrides)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory, stage_one: Path) -> Path:
+    folder = tmp_path_factory.mktemp("tokens")
+    tokenize(short(folder, stage_one), REGISTRY, folder / "ids")
+    return folder / "ids"
+
+
+def test_a_run_with_stored_ids_is_the_run_with_the_tokenizer(tmp_path: Path, stage_one: Path, tokens: Path):
+    """Over the end of the first epoch of 1,438 images, where the second view begins."""
+    steps = ["train.total_batch_size=128", "train.steps=14"]
+    online = train(short(tmp_path, stage_one, *steps), REGISTRY)
+    stored = train(short(tmp_path, stage_one, *steps, "name=stored", f"data.tokens={tokens}"), REGISTRY)
+    assert losses_of(stored) == losses_of(online)
+    assert len(losses_of(stored)) == 14
+
+
+def test_with_stored_ids_no_tokenizer_is_needed(tmp_path: Path, tokens: Path):
+    recipe = recipe_of(tmp_path, STAGE_TWO, "tokenizer=runs/gone", "data.views_per_image=2", f"data.tokens={tokens}")
+    model = build_model(recipe, REGISTRY)
+    assert len(model.teachers.teachers) == 0
+    assert model.specs.views["token_ids"].num_classes == 8
+
+
+def test_an_interrupted_call_goes_on(tmp_path: Path, stage_one: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch):
+    import mim_framework.tokenize as module
+
+    calls = 0
+    compute = module._ids
+
+    def fail_late(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            raise KeyboardInterrupt
+        return compute(*arguments)
+
+    recipe = short(tmp_path, stage_one, "train.batch_size=64")
+    monkeypatch.setattr(module, "_ids", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(recipe, REGISTRY, tmp_path / "ids")
+    with pytest.raises(DataError, match="no whole folder of token ids"):
+        TokenCache(tmp_path / "ids")
+    first, calls = calls, 100
+    facts = tokenize(recipe, REGISTRY, tmp_path / "ids")
+    assert calls - 100 == 2 * -(-1438 // 64) - (first - 1)
+    assert facts.sha256 == TokenCache(tokens).facts.sha256
+    with pytest.raises(DataError, match="holds token ids already"):
+        tokenize(recipe, REGISTRY, tmp_path / "ids")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=1"], r"ids of other views: seed: 0 there, 1 here"),
+        (["views.flip=0"], r"ids of other views: views: .*there"),
+        (["data.views_per_image=3"], r"data.views_per_image: 2 there, 3 here"),
+        (["data.tokens=nowhere"], r"data.tokens nowhere is no whole folder of token ids; make one: mim tokenize"),
+    ],
+)
+def test_ids_of_something_else_are_refused(tmp_path: Path, stage_one: Path, tokens: Path, overrides, message: str):
+    with pytest.raises(DataError, match=message):
+        build_model(short(tmp_path, stage_one, f"data.tokens={tokens}", *overrides), REGISTRY)
+
+
+def test_ids_of_another_number_of_images_are_refused(tmp_path: Path, stage_one: Path, tokens: Path):
+    copy = tmp_path / "ids"
+    copy.mkdir()
+    facts = json.loads((tokens / "tokens.json").read_text())
+    ids = np.load(tokens / "ids.npy")[:100]
+    np.save(copy / "ids.npy", ids)
+    import hashlib
+
+    facts |= {"num_images": 100, "sha256": hashlib.sha256((copy / "ids.npy").read_bytes()).hexdigest()}
+    (copy / "tokens.json").write_text(json.dumps(facts))
+    with pytest.raises(DataError, match=r"ids of 100 images, data.source has 1,438"):
+        train(short(tmp_path, stage_one, f"data.tokens={copy}"), REGISTRY)
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path, stage_one: Path, tokens: Path):
+    copy = tmp_path / "ids"
+    copy.mkdir()
+    content = bytearray((tokens / "ids.npy").read_bytes())
+    content[-1] ^= 1
+    (copy / "ids.npy").write_bytes(content)
+    (copy / "tokens.json").write_bytes((tokens / "tokens.json").read_bytes())
+    with pytest.raises(DataError, match=r"ids.npy is damaged"):
+        TokenCache(copy)
+
+
+def test_ids_without_fixed_views_or_a_target_are_refused(tmp_path: Path, stage_one: Path):
+    with pytest.raises(RecipeError, match=r"views_per_image: missing; stored ids need fixed views"):
+        tokenize(recipe_of(tmp_path, STAGE_TWO, f"tokenizer={stage_one}"), REGISTRY, tmp_path / "ids")
+    with pytest.raises(RecipeError, match=r"'tokens' are those of fixed views"):
+        recipe_of(tmp_path, STAGE_TWO, "data.tokens=ids")
+    with pytest.raises(RecipeError, match=r"one target of token ids, its targets are 'pixels'"):
+        tokenize(recipe_of(tmp_path, RECIPE, "data.views_per_image=1"), REGISTRY, tmp_path / "ids")
+
+
+def test_images_that_cannot_be_read_have_no_ids_and_are_replaced(tmp_path: Path, stage_one: Path):
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(6):
+        Image.fromarray(np.full((20, 20, 3), 40 * number, np.uint8)).save(images / f"{number}.png")
+    (images / "3.png").write_bytes(b"no image")
+    source = f"data.source={{type: folder, root: '{images}'}}"
+    recipe = short(tmp_path, stage_one, source, "train.total_batch_size=6", "train.steps=4")
+    tokenize(recipe, REGISTRY, tmp_path / "ids")
+    online = losses_of(train(recipe, REGISTRY))
+    stored = short(tmp_path, stage_one, source, "train.total_batch_size=6", "train.steps=4", "name=stored",
+                   f"data.tokens={tmp_path / 'ids'}")  # fmt: skip
+    assert losses_of(train(stored, REGISTRY)) == online
