@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 
 PAGE = Path(__file__).with_name("combinations.md")
+IMG_SIZE = 32
 KINDS = ("masker", "encoder", "target", "decoder", "loss")
 
 VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 SWIN = {"patch_size": 4, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
+DVAE = {"vocab_size": 16, "hidden_dim": 8, "blocks_per_group": 1}
 SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("masker", "random"): {"mask_ratio": 0.5},
     ("masker", "block"): {"mask_ratio": 0.5},
@@ -38,10 +41,15 @@ SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("encoder", "maskfeat_vit"): VIT,
     ("encoder", "maskfeat_mvit"): {"embed_dim": 8, "depths": [1, 1, 1, 2]},
     ("encoder", "mixmim_swin"): {**SWIN, "window_size": [4, 4]},
+    ("encoder", "beit"): VIT,
+    ("encoder", "dvae"): DVAE,
+    ("encoder", "vqkd"): {**VIT, "num_codes": 16, "code_dim": 8},
     ("target", "features"): {"teacher": "teacher"},
     ("target", "hog"): {"cell_size": 4},
     ("decoder", "mae_decoder"): {"embed_dim": 16, "depth": 1, "num_heads": 2},
     ("decoder", "mixmim_decoder"): {"embed_dim": 16, "depth": 1, "num_heads": 2},
+    ("decoder", "dvae_decoder"): {"hidden_dim": 8, "init_dim": 8, "blocks_per_group": 1},
+    ("decoder", "vqkd_decoder"): {"embed_dim": 16, "depth": 1, "num_heads": 2},
 }
 """Options that make a component small; the others have none worth setting."""
 
@@ -52,6 +60,11 @@ class Outcome:
 
     names: dict[str, str]
     refusal: str = ""
+
+    def refused_slot(self) -> str:
+        """The slot at which the build stopped: what is chosen for later ones makes no difference. "" if it trained."""
+        found = re.match(r"recipe: (\w+):", self.refusal)
+        return found[1] if found and found[1] in KINDS else ""
 
     def names_both_sides(self) -> bool:
         """Whether the refusal says which two components do not fit."""
@@ -66,14 +79,18 @@ def names_of(registry: Registry) -> dict[str, list[str]]:
 def recipe_of(names: dict[str, str]) -> Recipe:
     """A small recipe of these components, on made-up images of 32 pixels."""
     slots = {kind: {"type": name, **SMALL.get((kind, name), {})} for kind, name in names.items()}
+    stride = 16 if names["encoder"] in ("timm", "maskfeat_mvit") else 8
+    views: dict[str, Any] = {"type": "image", "img_size": IMG_SIZE}
     if names["target"] == "features":  # of a teacher with the student's grid
-        stride = 16 if names["encoder"] in ("timm", "maskfeat_mvit") else 8
         slots["teachers"] = {"teacher": {"encoder": {"type": "vit", **VIT, "patch_size": stride}}}
+    if names["target"] == "token_ids":  # of a tokenizer that sees a second view, so large that the grids are the same
+        views |= {"type": "beit", "second_size": IMG_SIZE * 8 // stride}
+        slots["teachers"] = {"tokenizer": {"encoder": {"type": "dvae", **DVAE}}}
     return Recipe.model_validate(
         {
             "name": "combination",
             "data": {"source": "digits"},
-            "views": {"type": "image", "img_size": 32},
+            "views": views,
             **slots,
             "optim": {"lr": 1e-3, "shape": "constant"},
             "train": {"total_batch_size": 4, "steps": 1, "device": "cpu", "precision": "float32"},
@@ -97,6 +114,8 @@ def attempt(names: dict[str, str], registry: Registry) -> Outcome:
     assert all(map(math.isfinite, losses.values())), names
     [optimizer] = build_optimizers(model.recipe, model.objective, 4).values()
     step = make_step(model.recipe, torch.arange(4), teachers=model.teachers.session())
+    for component in model.objective.components():
+        component.begin_step(step)
     loss = sum(model.objective(step, model.views.prepare(step, model.views.example(4))).values())
     loss.backward()
     optimizer.schedule(step)
@@ -109,8 +128,14 @@ def attempt(names: dict[str, str], registry: Registry) -> Outcome:
 def attempts(registry: Registry, **fixed: str) -> Iterator[Outcome]:
     """All combinations, or those with the given names of some kinds."""
     choices = {kind: [fixed[kind]] if kind in fixed else names for kind, names in names_of(registry).items()}
+    refusals: dict[tuple[str, ...], str] = {}  # of the first components, whatever follows them
     for chosen in itertools.product(*choices.values()):
-        yield attempt(dict(zip(choices, chosen, strict=True)), registry)
+        names = dict(zip(choices, chosen, strict=True))
+        known = next((refusals[chosen[:n]] for n in range(1, len(chosen)) if chosen[:n] in refusals), None)
+        outcome = attempt(names, registry) if known is None else Outcome(names, known)
+        if known is None and (slot := outcome.refused_slot()):
+            refusals[chosen[: max(2, KINDS.index(slot) + 1)]] = outcome.refusal
+        yield outcome
 
 
 def page(outcomes: list[Outcome]) -> str:

@@ -148,6 +148,9 @@ class _Builder:
                     self.build_frozen(teachers, name, section, with_weights)
 
         encoder: Encoder = self.make("encoder", "encoder", recipe.encoder, self.specs)
+        if with_weights:
+            with self.slot("encoder", recipe.encoder.type):
+                encoder.load_published()
         self.publish(encoder=encoder.spec)
         masker: Masker = self.make("masker", "masker", recipe.masker, self.specs)
         self.publish(masker=masker.spec)
@@ -199,6 +202,9 @@ class _Builder:
         teacher: Encoder = self.make("encoder", place, choice, specs)
         if mean is None and teacher.spec.mean is not None:
             mean, std = teacher.spec.mean, teacher.spec.std
+        if with_weights:
+            with self.slot(place, choice.type):
+                teacher.load_published()
         if with_weights and path is not None:
             missing = load_into(teacher, path, prefix="encoder.")
             if missing:

@@ -177,6 +177,12 @@ class Encoder(Component):
     @abstractmethod
     def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent: ...
 
+    def load_published(self) -> None:
+        """Load the weights that options name and that somebody else has published.
+
+        Called once after the encoder is built, unless weights do not matter: to count costs, for an import or export.
+        """
+
     def final_norm(self, x: Tensor) -> Tensor:
         """A sequence like those of `Latent.layers`, (B, P + n, D), as the end of `forward` normalises its tokens.
 
@@ -370,6 +376,8 @@ class CheckpointFormat:
 
     encoders: ClassVar[frozenset[str]] = frozenset()
     """Names of the encoders whose weights it writes; empty = every encoder of its plugin."""
+    objectives: ClassVar[frozenset[str]] = frozenset()
+    """Names of objectives whose runs it writes, whichever plugin the encoder comes from."""
     bias_tables: ClassVar[Literal["geometric", "bicubic"]] = "geometric"
     """How tables of relative position biases are resized when the grid or window changes: on BEiT's geometric grid of
     source points (BEiT, SimMIM), or plainly bicubic (MixMIM)."""

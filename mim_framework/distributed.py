@@ -231,6 +231,7 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
     """Weights that FSDP keeps at the root, gathered, so that parts of the module can be called outside its forward."""
     sharded = hasattr(module, "unshard")
     if sharded:
+        module._get_fsdp_state()._lazy_init()  # or the first block that is called would take itself for the root
         module.unshard()
     try:
         yield

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mim_framework.components import Objective, Parts
 from mim_framework.config import Section
-from mim_framework.records import Ask, Latent, Mask, Step, Views
+from mim_framework.records import Ask, Latent, Mask, Masked, Step, Views
 
 
 class MaskedPrediction(Objective):
@@ -28,10 +28,7 @@ class MaskedPrediction(Objective):
         masked = self.masker(step, views)
         mask = masked.masks["x"]
         latent = self.encode(masked.views["x"], mask)
-        losses = {**masked.losses, **latent.losses}
-        if clash := losses.keys() & self.heads.keys() | masked.losses.keys() & latent.losses.keys():
-            sides = f"masker '{self.masker.name}', encoder '{self.encoder.name}'"
-            raise ValueError(f"two losses are called '{min(clash)}': of {sides} or a head of the recipe")
+        losses = self.losses_beside_heads(masked, latent)
         for name, head in self.heads.items():
             target = head.target(step, masked)
             pred = head.decoder(latent, mask)
@@ -41,3 +38,15 @@ class MaskedPrediction(Objective):
     def encode(self, view: Tensor, mask: Mask) -> Latent:
         """What the heads see of a masked view; an objective that refines the encoder's answer overrides this."""
         return self.encoder(view, mask, self.ask)
+
+    def losses_beside_heads(self, masked: Masked, latent: Latent) -> dict[str, Tensor]:
+        """What masker and encoder have to minimise themselves.
+
+        Raises:
+            ValueError: if two of them, or one and a head, share a name.
+        """
+        own, names = latent.losses.keys(), self.heads.keys()
+        if clash := (masked.losses.keys() | own) & names | masked.losses.keys() & own:
+            sides = f"masker '{self.masker.name}', encoder '{self.encoder.name}'"
+            raise ValueError(f"two losses are called '{min(clash)}': of {sides} or a head of the recipe")
+        return {**masked.losses, **latent.losses}

@@ -169,6 +169,8 @@ class TeacherSession:
     def _encode(self, teacher: Teacher, view: Tensor, mask: Mask | None) -> Latent:
         encoder = teacher.part("encoder")
         mask = Mask.none(len(view), encoder.spec.grid, view.device) if mask is None else mask  # type: ignore[union-attr]
+        if view.device.type == "meta":  # of a count of costs; it knows no autocast
+            return encoder(teacher.prepare(view), mask, teacher.ask)
         with torch.autocast(view.device.type, torch.bfloat16, self.bfloat16):  # also inside a target's precision island
             return encoder(teacher.prepare(view), mask, teacher.ask)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -271,14 +272,19 @@ def test_optimizers_that_do_not_fit_the_model_are_refused_with_their_place(tmp_p
 
 
 def test_weights_that_timm_cannot_download_are_refused_with_a_cure(tmp_path, monkeypatch):
+    create_model = timm.create_model
+
     def offline(name, pretrained, **options):
-        raise ConnectionError("no route to host")
+        if pretrained:
+            raise ConnectionError("no route to host")
+        return create_model(name, **options)
 
     monkeypatch.setattr("timm.create_model", offline)
     teachers = {"clip": {"encoder": {"type": "timm", "model": "test_vit", "pretrained": True}}}
     text = r"timm cannot load the weights of 'test_vit' \(ConnectionError: no route to host\).*HF_HOME.*=false"
     with pytest.raises(RecipeError, match=f"teachers.clip.encoder: timm: {text}"):
         build_model(recipe_of(tmp_path, teachers=teachers), REGISTRY)
+    build_model(recipe_of(tmp_path, teachers=teachers), REGISTRY, with_weights=False)  # costs, imports and exports
 
 
 def test_a_run_of_another_machine_is_loaded_on_a_device_of_this_one(tmp_path, monkeypatch, caplog):

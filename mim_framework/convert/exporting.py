@@ -20,7 +20,8 @@ SUFFIX_OF = {"official": ".pth"}
 def export_run(run_dir: Path, to: str, output: Path | None = None, registry: Registry | None = None) -> Path:
     """Write the newest checkpoint of a run for other code; returns the file.
 
-    The plugin that brings the encoder brings the layouts too, as checkpoint formats named `METHOD_LAYOUT`.
+    The plugin that brings the encoder brings the layouts too, as checkpoint formats named `METHOD_LAYOUT`; that of an
+    objective may bring others for its runs.
 
     Args:
         to: the layout, `timm` or `official`.
@@ -33,7 +34,9 @@ def export_run(run_dir: Path, to: str, output: Path | None = None, registry: Reg
     if not (run_dir / "recipe.yaml").is_file():
         raise CheckpointError(f"{run_dir} is no run directory: it has no recipe.yaml")
     recipe = load_recipe(run_dir / "recipe.yaml", [], registry)
-    checkpoint_format = _format_of(registry.find("encoder", recipe.encoder.type), to, registry)
+    checkpoint_format = _format_of(
+        registry.find("encoder", recipe.encoder.type), registry.find("objective", recipe.objective.type), to, registry
+    )
     model = build_model(recipe, registry, with_weights=False)
     load_into(model.objective, run_dir)
     try:
@@ -52,13 +55,15 @@ def export_run(run_dir: Path, to: str, output: Path | None = None, registry: Reg
     return output
 
 
-def _format_of(encoder: type, to: str, registry: Registry) -> CheckpointFormat:
+def _format_of(encoder: type, objective: type, to: str, registry: Registry) -> CheckpointFormat:
     package = encoder.__module__.partition(".")[0]
+    known = registry.classes("checkpoint_format")
     own = {
         name.rpartition("_")[2]: cls
-        for name, cls in registry.classes("checkpoint_format").items()
+        for name, cls in known.items()
         if cls.__module__.partition(".")[0] == package and (not cls.encoders or encoder.name in cls.encoders)
     }
+    own |= {name.rpartition("_")[2]: cls for name, cls in known.items() if objective.name in cls.objectives}
     if to not in own:
         layouts = f"only {', '.join(sorted(own))}" if own else "none"
         raise CheckpointError(f"no layout '{to}' for encoder '{encoder.name}'; its plugin has {layouts}")

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mim_framework.errors import CheckpointError
 
-WRAPPERS = ("model", "state_dict", "model_state")
-"""Keys under which training scripts keep the weights, beside an optimizer and the like."""
+WRAPPERS = ("model", "state_dict", "model_state", "module")
+"""Keys under which training scripts keep the weights, beside an optimizer and the like; `module` is DeepSpeed's."""
 
 _numpy_scalar = np.float64(0).__reduce__()[0]
 SAFE_GLOBALS: list[Any] = [

@@ -44,6 +44,7 @@ def test_weights_are_found_under_state_dict_bare_and_behind_a_distributed_wrappe
         "a.pth": {"state_dict": WEIGHTS, "meta": {"epoch": 1}},
         "b.pth": WEIGHTS,
         "c.pth": {"model": {"module.norm.weight": WEIGHTS["norm.weight"]}},
+        "deepspeed.pth": {"module": WEIGHTS, "epoch": 1},
     }.items():
         torch.save(content, tmp_path / name)
         assert read_checkpoint(tmp_path / name).state.keys() == WEIGHTS.keys()

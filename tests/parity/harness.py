@@ -186,7 +186,11 @@ def check_optimizer_steps(case: Case, *, weight_decay: float = 0.05) -> None:
         loss.backward()
         optimizer.schedule(case.step)
         norms.append(optimizer.clip().item())
+        for component in objective.components():
+            component.before_step(case.step)
         optimizer.step()
+        for component in objective.components():
+            component.after_step(case.step)
         objective.zero_grad()
         losses.append(loss.item())
         state = objective.state_dict()

@@ -1,0 +1,112 @@
+"""Where BEiT's weights are found in the checkpoints of other code bases."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+from mim_framework import CheckpointFormat
+from mim_framework.convert.vit import to_timm_beit, vit_options
+
+ENCODER, HEAD = "encoder.", "heads.main.decoder.head."
+MASK_RATIO = 0.3827
+"""75 of 196 patches."""
+COMPUTED = ("relative_position_index",)
+"""Buffers in checkpoints that follow from the sizes."""
+
+
+class OfficialCheckpoint(CheckpointFormat):
+    """microsoft/unilm, folder beit (and beit2 without patch aggregation): encoder and `lm_head` of pre-training."""
+
+    name = "beit_official"
+    encoders = frozenset({"beit"})
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        wanted = {"mask_token", "cls_token", "blocks.0.attn.q_bias", "lm_head.weight"}
+        return wanted <= state.keys() and not any(name.startswith("cls_pt_") for name in state)
+
+    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        img_size, options = vit_options(state)
+        return slots(img_size, {"type": "beit", **options}, vocab_size=len(state["lm_head.weight"]))
+
+    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {our_name(name): tensor for name, tensor in state.items() if not name.endswith(COMPUTED)}
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The encoder, and the head if the run has a linear one."""
+        if "encoder.blocks.0.attn.qkv.bias" in state:
+            raise ValueError("there the key has no bias, in this run it has one (qkv_bias: full)")
+        exported = {name.removeprefix(ENCODER): each for name, each in state.items() if name.startswith(ENCODER)}
+        heads = {name.removeprefix(HEAD): tensor for name, tensor in state.items() if name.startswith(HEAD)}
+        return exported | {f"lm_head.{part}": tensor for part, tensor in heads.items()}
+
+
+class MMPretrainCheckpoint(OfficialCheckpoint):
+    """open-mmlab/mmpretrain's BEiT without the tokenizer, which a layout of its own reads. Never written."""
+
+    name = "beit_mmpretrain"
+    renames = (
+        (r"^head\.cls_head\.", "lm_head."),
+        (r"^backbone\.ln1\.", "norm."),
+        (r"^backbone\.", ""),
+        (r"\.projection\.", ".proj."),
+        (r"^layers\.", "blocks."),
+        (r"\.ln([12])\.", r".norm\1."),
+        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+        (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+    )
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        wanted = {"backbone.mask_token", "backbone.layers.0.attn.q_bias", "head.cls_head.weight"}
+        return wanted <= state.keys() and not any(name.startswith("neck.") for name in state)
+
+    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        return super().to_recipe(self.official(state))
+
+    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return super().import_state(self.official(state))
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise ValueError("it can be read only; use 'official'")
+
+    def official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, tensor in state.items():
+            if name.startswith("target_generator."):
+                continue
+            for pattern, replacement in self.renames:
+                name = re.sub(pattern, replacement, name)
+            found[name] = tensor
+        return found
+
+
+class TimmCheckpoint(OfficialCheckpoint):
+    """The encoder for timm's `Beit`, whose blocks each hold a bias table: the shared one is copied into all of them."""
+
+    name = "beit_timm"
+
+    def recognises(self, state: dict[str, Tensor]) -> bool:
+        return False
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        own = {name.removeprefix(ENCODER): each for name, each in state.items() if name.startswith(ENCODER)}
+        return to_timm_beit(own)
+
+
+def our_name(name: str) -> str:
+    """Official name -> the name in our objective."""
+    return HEAD + name.removeprefix("lm_head.") if name.startswith("lm_head.") else ENCODER + name
+
+
+def slots(img_size: int | None, encoder: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """A recipe's slots around an encoder; `tokenizer` is for the user to add."""
+    return {
+        "views": {"type": "beit", "img_size": img_size},
+        "masker": {"type": "block", "mask_ratio": MASK_RATIO, "rule": "stop_short"},
+        "encoder": encoder,
+        "target": {"type": "token_ids", "vocab_size": vocab_size},
+        "decoder": {"type": "linear", "init": "trunc_normal_one_std"},
+        "loss": {"type": "cross_entropy"},
+    }

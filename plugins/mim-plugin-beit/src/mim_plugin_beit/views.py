@@ -1,0 +1,100 @@
+"""Two views of one crop: what the encoder sees, and what the tokenizer sees of the same pixels."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from mim_framework import Sample, Step, Views, ViewSpec
+from mim_framework.data.decode import Interpolation
+from mim_framework.data.views import (
+    NUM_CROP_RANDOM,
+    ImageViews,
+    Share,
+    increasing,
+    random_resized_crop_box,
+)
+
+SECOND = "tokenizer"
+NUM_JITTER_RANDOM = 4
+ADJUSTMENTS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
+ORDERS = tuple(permutations(range(len(ADJUSTMENTS))))
+
+
+def jitter_color(image: Any, rand: list[float], strength: float) -> Any:
+    """Brightness, contrast and saturation by factors in 1 +- strength, in random order, as torchvision's ColorJitter.
+
+    Args:
+        image: a Pillow image or a uint8 tensor (3, H, W).
+        rand: `NUM_JITTER_RANDOM` uniform numbers: the three factors, then the order.
+    """
+    for number in ORDERS[int(rand[3] * len(ORDERS))]:
+        factor = 1 + strength * (2 * rand[number] - 1)
+        image = ADJUSTMENTS[number](image, max(0.0, factor))
+    return image
+
+
+class BEiTViews(ImageViews):
+    """Views "x" and "tokenizer": one random crop of the color-jittered image, resized twice (Bao et al. 2021).
+
+    The second view is in [0, 1]. Where it has the size and the filter of the first, both are made of the same pixels,
+    which travel to the device once.
+    """
+
+    name = "beit"
+    num_random = NUM_CROP_RANDOM + 1 + NUM_JITTER_RANDOM
+
+    class Config(ImageViews.Config):
+        scale: Annotated[tuple[Share, Share], AfterValidator(increasing)] = (0.08, 1.0)
+        """Smallest and largest share of the image's area that a crop covers."""
+        second_size: int = Field(112, gt=0)
+        """Height and width of the tokenizer's view: its stride (8) times the side of the patch grid (14)."""
+        second_interpolation: Interpolation = "lanczos"
+        """Filter of the second resize: bicubic, bilinear or lanczos."""
+        color_jitter: float = Field(0.4, ge=0, le=1)
+        """Brightness, contrast and saturation change by factors in 1 +- this; 0 for none."""
+        jitter_after_crop: bool = False
+        """Jitter the crops instead of the whole image: several times cheaper, and the mean to which the contrast
+        refers is then that of the crop. Officially before the crop."""
+
+    config: Config
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        c = self.config
+        unit: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+        self.specs = {**self.specs, SECOND: ViewSpec(SECOND, (3, c.second_size, c.second_size), **unit)}
+        self.same_pixels = (c.second_size, c.second_interpolation) == (c.img_size, c.interpolation)
+
+    def __call__(self, sample: Sample, rand: Tensor) -> dict[str, Tensor]:
+        c = self.config
+        numbers = rand.tolist()
+        jitter = numbers[NUM_CROP_RANDOM + 1 :]
+        image = self.open(sample)
+        box = random_resized_crop_box(numbers, *image.size, c.scale, c.ratio)
+        flip = numbers[NUM_CROP_RANDOM] < c.flip
+        if c.color_jitter and not c.jitter_after_crop:
+            finest = max(c.img_size, c.second_size)
+            adjust = lambda whole: jitter_color(whole, jitter, c.color_jitter)  # noqa: E731
+            image.change(adjust, box.height, box.width, (finest, finest))
+        sizes = {"x": (c.img_size, c.interpolation)}
+        if not self.same_pixels:
+            sizes[SECOND] = c.second_size, c.second_interpolation
+        views = {name: image.crop(*box, (size, size), flip, filter) for name, (size, filter) in sizes.items()}
+        if c.color_jitter and c.jitter_after_crop:
+            views = {name: jitter_color(view, jitter, c.color_jitter) for name, view in views.items()}
+        return views
+
+    def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
+        """uint8 on the device -> x normalised, the second view in [0, 1]; both float32 (B, 3, H, W)."""
+        second = batch.get(SECOND, batch["x"] if self.same_pixels else None)
+        views = super().prepare(step, {name: view for name, view in batch.items() if name != SECOND})
+        return views if second is None else {**views, SECOND: second.float().div_(255)}
+
+    def example(self, batch_size: int) -> dict[str, Tensor]:
+        batch = super().example(batch_size)
+        return {"x": batch["x"]} if self.same_pixels else batch

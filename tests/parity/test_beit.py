@@ -1,0 +1,202 @@
+"""Our BEiT against numbers that the official implementation computed (microsoft/unilm 768a3c8, folder beit)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mim_plugin_beit.checkpoints import OfficialCheckpoint, our_name
+from parity.harness import (
+    OUTPUT_TOLERANCE,
+    Case,
+    cases,
+    check_gradients,
+    check_optimizer_steps,
+    imported_case,
+    named,
+    read,
+    read_json,
+    relative,
+)
+from torch import nn
+from torch.nn.functional import layer_norm
+
+from mim_framework.build import exempt_names, make_step
+from mim_framework.builtins.vit import vit_layer_id
+from mim_framework.optim import OptimSection, layer_decay_scale, parameter_groups
+from mim_framework.records import Ask, Grid, Mask, Masked
+from mim_framework.schedule import epoch_of, value_at
+
+CASES = cases("beit_*.safetensors")
+SCHEDULES = read_json("beit_schedule.json")
+LAYER_DECAY = read_json("beit_layer_decay.json")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.*:UserWarning")
+
+
+@pytest.fixture(params=CASES, ids=lambda path: path.stem)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
+    tensors, metadata = read(request.param)
+    config = metadata["config"]
+    case = imported_case(
+        request.param,
+        tmp_path,
+        our_names=OfficialCheckpoint().import_state,
+        options={"encoder.num_heads": config["num_heads"]},
+        changes={
+            "masker": {"num_hidden": config["num_mask_patches"], "min_num_patches": 4},
+            "views": {"second_size": config["second_size"]},
+        },
+    )
+    official = tensors["input/mask"]
+    grid = Grid(tuple(official.shape[1:]))
+    mask = Mask(official.flatten(1).bool(), grid, max_hidden=config["num_mask_patches"])
+    mask.validate()
+    views = {"x": case.images, "token_ids": tensors["input/token_ids"].flatten(1)}
+    case.mask_with(Masked({"x": mask}, views), make_step(case.model.recipe, torch.arange(config["batch_size"])))
+    return case
+
+
+def test_there_are_cases():
+    assert {path.stem for path in CASES} >= {"beit_a", "beit_b"}
+
+
+def test_imported_weights_are_those_of_the_file_and_exported_again(case: Case):
+    state = case.model.objective.state_dict()
+    weights = case.group("param")
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
+    exported = OfficialCheckpoint().export_state(state)
+    official = named(case.tensors, "param")
+    assert all(torch.equal(exported[name], official[name]) for name in exported)
+    assert {name.rpartition(".")[2] for name in official.keys() - exported.keys()} <= {"relative_position_index"}
+
+
+def test_outputs(case: Case):
+    encoder, decoder = case.model.objective.encoder, case.model.objective.heads["main"].decoder
+    latent = encoder(case.images, case.mask, Ask(layers=frozenset(range(encoder.spec.depth))))
+    tokens = torch.cat([latent.prefix, latent.tokens], dim=1)
+    assert relative(tokens, case.tensors["out/latent"]) < OUTPUT_TOLERANCE
+    for name, official in named(case.tensors, "mid").items():
+        if name.startswith("blocks."):
+            assert relative(latent.layers[int(name.split(".")[1])][:1], official) < OUTPUT_TOLERANCE, name
+        elif name == "rel_pos_bias":
+            assert relative(encoder.rel_pos_bias()[0], official) < OUTPUT_TOLERANCE
+            assert torch.equal(
+                encoder.rel_pos_bias.relative_position_index,
+                case.tensors["param/rel_pos_bias.relative_position_index"],
+            )
+    pred = decoder(latent, case.mask)
+    hidden = case.mask.where.gather(1, pred.ids)
+    assert not bool(hidden.all())  # rows that hide fewer are filled up
+    assert relative(pred.values[hidden], case.tensors["out/logits"]) < OUTPUT_TOLERANCE
+    ids = case.masked.views["token_ids"].gather(1, pred.ids)
+    assert torch.equal(ids[hidden], case.tensors["out/labels"])
+
+
+def test_loss_and_accuracy(case: Case):
+    official = case.tensors["out/loss"].item()
+    assert abs(case.loss().item() - official) < OUTPUT_TOLERANCE * official
+    right = (case.tensors["out/logits"].argmax(1) == case.tensors["out/labels"]).float().mean()
+    assert case.model.objective.heads["main"].loss.metrics()["accuracy"].item() == pytest.approx(right.item())
+
+
+def test_gradients(case: Case):
+    check_gradients(case)
+
+
+def test_optimizer_steps(case: Case):
+    check_optimizer_steps(case)
+
+
+@torch.no_grad()
+def test_features_for_fine_tuning(case: Case):
+    encoder = case.model.objective.encoder.eval()
+    last = encoder.spec.depth - 1
+    nothing = Mask.none(len(case.images), encoder.spec.grid)
+    latent = encoder(case.images, nothing, Ask(layers=frozenset({last})))
+    assert relative(latent.prefix[:, 0], case.tensors["extra/finetune_cls"]) < OUTPUT_TOLERANCE
+    pooled = layer_norm(latent.layers[last][:, 1:].mean(1), (encoder.spec.dim,), eps=1e-6)  # a new norm
+    assert relative(pooled, case.tensors["extra/finetune_pooled"]) < OUTPUT_TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", ["norm eps", "tanh GELU", "mask elsewhere", "mean per image"])
+def test_a_wrong_implementation_would_be_found(case: Case, fault: str):
+    encoder, decoder = case.model.objective.encoder, case.model.objective.heads["main"].decoder
+    for module in encoder.modules():
+        if fault == "norm eps" and isinstance(module, nn.LayerNorm):
+            module.eps = 1e-5
+        if fault == "tanh GELU" and isinstance(module, nn.GELU):
+            module.approximate = "tanh"
+    mask = Mask(case.mask.hidden.roll(1, 1), case.mask.grid) if fault == "mask elsewhere" else case.mask
+    latent = encoder(case.images, mask)
+    if fault == "mean per image":
+        logits = decoder.head(latent.tokens).transpose(1, 2)
+        every = nn.functional.cross_entropy(logits, case.masked.views["token_ids"], reduction="none")
+        per_image = (every * mask.hidden).sum(1) / mask.hidden.sum(1)
+        official = case.tensors["out/loss"].item()
+        assert abs(per_image.mean().item() - official) > 5 * OUTPUT_TOLERANCE * official
+        return
+    tokens = torch.cat([latent.prefix, latent.tokens], dim=1)
+    assert relative(tokens, case.tensors["out/latent"]) > 5 * OUTPUT_TOLERANCE
+
+
+# --- the recipe around the model -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(len(SCHEDULES["schedules"])))
+def test_learning_rate_and_weight_decay_of_every_iteration(number: int):
+    official = SCHEDULES["schedules"][number]
+    setting, steps_per_epoch = official["setting"], official["setting"]["iters_per_epoch"]
+    warmup = setting["warmup_epochs"]
+    if warmup > 0 and setting["warmup_steps"] > 0:
+        warmup = setting["warmup_steps"] / steps_per_epoch
+    decay: Any = setting["weight_decay"]
+    if setting["weight_decay_end"] is not None:
+        decay = {"shape": "cosine", "from": decay, "to": setting["weight_decay_end"]}
+    section = OptimSection(
+        lr=setting["lr"], min_lr=setting["min_lr"], warmup_epochs=warmup, warmup_lr=0.0, warmup_inclusive=True,
+        weight_decay=decay,
+    )  # fmt: skip
+    curve = section.lr_curve(total_batch_size=1)
+    epochs = [epoch_of(index, steps_per_epoch) for index in range(setting["epochs"] * steps_per_epoch)]
+    rates = [value_at(curve, epoch, setting["epochs"], steps_per_epoch) for epoch in epochs]
+    assert rates == pytest.approx(official["lr_per_iteration"], rel=1e-12)
+    decays = [value_at(section.weight_decay, epoch, setting["epochs"], steps_per_epoch) for epoch in epochs]
+    assert decays == pytest.approx(official["weight_decay_per_iteration"], rel=1e-12)
+
+
+def test_decay_groups_of_pre_training_are_exact(case: Case):
+    official = SCHEDULES["pretrain_param_groups"]["beit"]
+    objective = case.model.objective
+    groups = parameter_groups(objective.named_parameters(), exempt_names(objective))
+    ours = {group["decay"]: set(group["names"]) for group in groups}
+    assert ours[True] | ours[False] == {name for name, _ in objective.named_parameters()}
+    known = {our_name(name): True for name in official["weight_decay_keys"]}
+    known |= {our_name(name): False for name in official["no_weight_decay"]}
+    compared = known.keys() & (ours[True] | ours[False])
+    assert len(compared) > 20
+    assert {name: name in ours[True] for name in compared} == {name: known[name] for name in compared}
+
+
+@pytest.mark.parametrize("number", range(len(LAYER_DECAY["cases"])))
+def test_layer_decay_is_exact(number: int):
+    official = LAYER_DECAY["cases"][number]
+    depth, exempt = official["depth"], {"cls_token", "pos_embed"}
+    if official["disable_weight_decay_on_rel_pos_bias"]:
+        exempt |= {name for name in official["keys"] if name.endswith("relative_position_bias_table")}
+    flat = ("bias", "gamma_1", "gamma_2")
+    parameters = {
+        name: nn.Parameter(torch.zeros(1) if name.endswith(flat) or "norm" in name else torch.zeros(1, 1))
+        for name in official["keys"]
+    }
+    scale = lambda name: layer_decay_scale(official["layer_decay"], vit_layer_id(name, depth), depth + 1)  # noqa: E731
+    ours = {
+        name: (group["lr_scale"], official["weight_decay"] if group["decay"] else 0.0)
+        for group in parameter_groups(parameters.items(), exempt, scale)
+        for name in group["names"]
+    }
+    assert ours == {name: (key["lr_scale"], key["weight_decay"]) for name, key in official["keys"].items()}
