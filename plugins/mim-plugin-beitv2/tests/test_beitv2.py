@@ -221,6 +221,7 @@ def test_what_does_not_fit_is_refused_with_both_sides(changes: dict[str, Any], t
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_five_hundred_steps_leave_the_tokenizer_as_it_is_to_the_bit(tokenizer: Path, tmp_path: Path):
     """mmpretrain's goes on moving its codebook in stage two."""
     seen: list[dict[str, Tensor]] = []
