@@ -7,14 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from mim_framework.convert.names import depth_of
+
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 OWN_TABLE = "attn.relative_position_bias_table"
 HEADS_OF_WIDTH = {768: 12, 1024: 16}
-
-
-def depth_of(state: dict[str, Tensor]) -> int:
-    """Number of blocks `blocks.I.…`."""
-    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
 
 
 def vit_options(state: dict[str, Tensor]) -> tuple[int | None, dict[str, Any]]:

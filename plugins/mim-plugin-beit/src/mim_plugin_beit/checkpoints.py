@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
+from mim_framework.convert.names import INSIDE_BLOCKS, ReadByOfficialNames, part_of, renamed
 from mim_framework.convert.vit import to_timm_beit, vit_options
 
 ENCODER, HEAD = "encoder.", "heads.main.decoder.head."
@@ -38,12 +38,11 @@ class OfficialCheckpoint(CheckpointFormat):
         """The encoder, and the head if the run has a linear one."""
         if "encoder.blocks.0.attn.qkv.bias" in state:
             raise ValueError("there the key has no bias, in this run it has one (qkv_bias: full)")
-        exported = {name.removeprefix(ENCODER): each for name, each in state.items() if name.startswith(ENCODER)}
-        heads = {name.removeprefix(HEAD): tensor for name, tensor in state.items() if name.startswith(HEAD)}
-        return exported | {f"lm_head.{part}": tensor for part, tensor in heads.items()}
+        head = {f"lm_head.{name}": tensor for name, tensor in part_of(state, HEAD).items()}
+        return part_of(state, ENCODER) | head
 
 
-class MMPretrainCheckpoint(OfficialCheckpoint):
+class MMPretrainCheckpoint(ReadByOfficialNames, OfficialCheckpoint):
     """open-mmlab/mmpretrain's BEiT without the tokenizer, which a layout of its own reads. Never written."""
 
     name = "beit_mmpretrain"
@@ -51,35 +50,16 @@ class MMPretrainCheckpoint(OfficialCheckpoint):
         (r"^head\.cls_head\.", "lm_head."),
         (r"^backbone\.ln1\.", "norm."),
         (r"^backbone\.", ""),
-        (r"\.projection\.", ".proj."),
         (r"^layers\.", "blocks."),
-        (r"\.ln([12])\.", r".norm\1."),
-        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-        (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+        *INSIDE_BLOCKS,
     )
 
     def recognises(self, state: dict[str, Tensor]) -> bool:
         wanted = {"backbone.mask_token", "backbone.layers.0.attn.q_bias", "head.cls_head.weight"}
         return wanted <= state.keys() and not any(name.startswith("neck.") for name in state)
 
-    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
-        return super().to_recipe(self.official(state))
-
-    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return super().import_state(self.official(state))
-
-    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise ValueError("it can be read only; use 'official'")
-
     def official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
-        for name, tensor in state.items():
-            if name.startswith("target_generator."):
-                continue
-            for pattern, replacement in self.renames:
-                name = re.sub(pattern, replacement, name)
-            found[name] = tensor
-        return found
+        return renamed(state, self.renames, leave_out="target_generator.")
 
 
 class TimmCheckpoint(OfficialCheckpoint):
@@ -91,8 +71,7 @@ class TimmCheckpoint(OfficialCheckpoint):
         return False
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        own = {name.removeprefix(ENCODER): each for name, each in state.items() if name.startswith(ENCODER)}
-        return to_timm_beit(own)
+        return to_timm_beit(part_of(state, ENCODER))
 
 
 def our_name(name: str) -> str:

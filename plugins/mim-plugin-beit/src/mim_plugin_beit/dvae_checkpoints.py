@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
+from mim_framework.convert.names import ReadByOfficialNames, depth_of, part_of
 
 PARTS = {"encoder": "encoder.blocks.", "decoder": "heads.main.decoder.blocks."}
 SUFFIXES = {".w": ".weight", ".b": ".bias"}
@@ -23,12 +24,12 @@ class DalleCheckpoint(CheckpointFormat):
     encoders = frozenset({"dvae"})
 
     def recognises(self, state: dict[str, Tensor]) -> bool:
-        return "encoder.blocks.input.w" in self.official(state)
+        return "encoder.blocks.input.w" in self.halves(state)
 
     def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
-        state = self.official(state)
+        state = self.halves(state)
         hidden_dim, in_chans = state["encoder.blocks.input.w"].shape[:2]
-        blocks = len({name.split(".")[3] for name in state if name.startswith("encoder.blocks.group_1.")})
+        blocks = depth_of(part_of(state, "encoder.blocks."), "group_1")
         encoder = {
             "type": "dvae",
             "vocab_size": len(state["encoder.blocks.output.conv.w"]),
@@ -52,7 +53,7 @@ class DalleCheckpoint(CheckpointFormat):
 
     def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         imported = {}
-        for name, tensor in self.official(state).items():
+        for name, tensor in self.halves(state).items():
             part, _, inner = name.partition(".blocks.")
             if part in PARTS:
                 imported[PARTS[part] + inner[:-2] + SUFFIXES.get(inner[-2:], inner[-2:])] = tensor
@@ -62,13 +63,11 @@ class DalleCheckpoint(CheckpointFormat):
         """Both halves, the decoder if the run has DALL-E's."""
         exported = {}
         for part, prefix in PARTS.items():
-            for name, tensor in state.items():
-                if name.startswith(prefix):
-                    inner = name.removeprefix(prefix).replace(".weight", ".w").replace(".bias", ".b")
-                    exported[f"{part}.blocks.{inner}"] = tensor
+            for name, tensor in part_of(state, prefix).items():
+                exported[f"{part}.blocks.{name}".replace(".weight", ".w").replace(".bias", ".b")] = tensor
         return exported
 
-    def official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def halves(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Names with `encoder.` or `decoder.` in front, whether the file holds one half or both."""
         if "blocks.input.w" not in state:
             return state
@@ -76,7 +75,7 @@ class DalleCheckpoint(CheckpointFormat):
         return {f"{part}.{name}": tensor for name, tensor in state.items()}
 
 
-class MMPretrainDalleCheckpoint(DalleCheckpoint):
+class MMPretrainDalleCheckpoint(ReadByOfficialNames, DalleCheckpoint):
     """The tokenizer inside a checkpoint of mmpretrain's BEiT. Read with `--layout`, never written."""
 
     name = "dvae_mmpretrain"
@@ -85,9 +84,4 @@ class MMPretrainDalleCheckpoint(DalleCheckpoint):
         return False  # the file is recognised as the model that it holds beside the tokenizer
 
     def official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        prefix = "target_generator."
-        inside = {name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)}
-        return super().official(inside)
-
-    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise ValueError("it can be read only; use 'official'")
+        return part_of(state, "target_generator.")

@@ -5,7 +5,6 @@ mmpretrain's BEiT v2 holds the final norm in its neck and the whole tokenizer be
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from mim_plugin_beit import checkpoints as beit
 from torch import Tensor
 
 from mim_framework import CheckpointError, CheckpointFormat
+from mim_framework.convert.names import INSIDE_BLOCKS, ReadByOfficialNames, part_of, renamed
 from mim_framework.convert.vit import vit_options
 
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
@@ -36,13 +36,6 @@ TEACHERS: dict[int, tuple[str, dict[str, Any]]] = {
 """The published tokenizers' teachers by the width that the decoder predicts."""
 EARLY_LAYERS = {12: 9, 24: 21}
 """Of the published models by depth; no tensor tells it."""
-INSIDE_BLOCKS = (
-    (r"\.projection\.", ".proj."),
-    (r"\.ln([12])\.", r".norm\1."),
-    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
-)
-"""mmpretrain's names inside a block and a patch embedding -> official ones."""
 UNIT_TOLERANCE = 1e-2
 """How far a code's length may be from 1, in a file of half precision too."""
 
@@ -107,7 +100,7 @@ class OfficialVQKDCheckpoint(CheckpointFormat):
         return exported | dict(zip(UNUSED, (nothing, nothing.clone(), codes.clone()), strict=True))
 
 
-class MMPretrainVQKDCheckpoint(OfficialVQKDCheckpoint):
+class MMPretrainVQKDCheckpoint(ReadByOfficialNames, OfficialVQKDCheckpoint):
     """open-mmlab/mmpretrain's tokenizer, `vqkd_encoder.pth`, which has no decoder. Never written."""
 
     name = "vqkd_mmpretrain"
@@ -119,18 +112,6 @@ class MMPretrainVQKDCheckpoint(OfficialVQKDCheckpoint):
 
     def recognises(self, state: dict[str, Tensor]) -> bool:
         return {"encoder.cls_token", "encoder.layers.0.attn.q_bias", "quantize.embedding.weight"} <= state.keys()
-
-    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
-        return super().to_recipe(self.official(state))
-
-    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return super().import_state(self.official(state))
-
-    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise ValueError("it can be read only; use 'official'")
-
-    def official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return renamed(state, self.renames)
 
 
 class TimmVQKDCheckpoint(CheckpointFormat):
@@ -210,7 +191,7 @@ class OfficialCheckpoint(beit.OfficialCheckpoint):
         return exported
 
 
-class MMPretrainCheckpoint(OfficialCheckpoint):
+class MMPretrainCheckpoint(ReadByOfficialNames, OfficialCheckpoint):
     """open-mmlab/mmpretrain's BEiT v2, without the tokenizer that its files hold too. Never written."""
 
     name = "beitv2_mmpretrain"
@@ -227,17 +208,8 @@ class MMPretrainCheckpoint(OfficialCheckpoint):
     def recognises(self, state: dict[str, Tensor]) -> bool:
         return {"backbone.mask_token", "neck.patch_aggregation.0.attn.q_bias"} <= state.keys()
 
-    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
-        return super().to_recipe(self.official(state))
-
-    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return super().import_state(self.official(state))
-
-    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise ValueError("it can be read only; use 'official'")
-
     def official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return renamed({n: each for n, each in state.items() if not n.startswith("target_generator.")}, self.renames)
+        return renamed(state, self.renames, leave_out="target_generator.")
 
 
 def our_name(name: str) -> str | None:
@@ -270,19 +242,5 @@ def check_codebook(state: dict[str, Tensor]) -> None:
         )
 
 
-def renamed(state: dict[str, Tensor], renames: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
-    found = {}
-    for name, tensor in state.items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        found[name] = tensor
-    return found
-
-
 def without_aggregation(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.startswith("cls_pt_")}
-
-
-def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under a prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from math import isqrt
 from typing import Any
 
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
+from mim_framework.convert.names import INSIDE_BLOCKS, ReadByOfficialNames, depth_of, part_of
 
 FIRST_MLP = "blocks.0.mlp.fc1.weight"
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
@@ -71,7 +71,7 @@ class TimmCheckpoint(OfficialCheckpoint):
         return encoder_state(state)
 
 
-class MMPretrainCheckpoint(OfficialCheckpoint):
+class MMPretrainCheckpoint(ReadByOfficialNames, OfficialCheckpoint):
     """open-mmlab/mmpretrain's MAE. Its position tables have the two halves exchanged; they are taken as they are."""
 
     name = "mae_mmpretrain"
@@ -80,32 +80,12 @@ class MMPretrainCheckpoint(OfficialCheckpoint):
         (r"^neck\.ln1\.", "decoder_norm."),
         (r"^(backbone|neck)\.", ""),
         (r"^layers\.", "blocks."),
-        (r"\.projection\.", ".proj."),
-        (r"\.ln([12])\.", r".norm\1."),
-        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-        (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+        *INSIDE_BLOCKS,
     )
 
     def recognises(self, state: dict[str, Tensor]) -> bool:
         other_methods = {"backbone.mask_token", "backbone.proj_weights", "backbone.layers.0.gamma_1"}
         return "backbone.layers.0.attn.qkv.bias" in state and not other_methods & state.keys()
-
-    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
-        return super().to_recipe(self.official(state))
-
-    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return super().import_state(self.official(state))
-
-    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise ValueError("it can be read only; use 'official'")
-
-    def official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {self.official_name(name): tensor for name, tensor in state.items()}
-
-    def official_name(self, name: str) -> str:
-        for pattern, replacement in self.renames:
-            name = re.sub(pattern, replacement, name)
-        return name
 
 
 def transformer_options(state: dict[str, Tensor], blocks: str, token: str) -> dict[str, Any]:
@@ -113,7 +93,7 @@ def transformer_options(state: dict[str, Tensor], blocks: str, token: str) -> di
     embed_dim = state[token].shape[-1]
     return {
         "embed_dim": embed_dim,
-        "depth": len({name.split(".")[1] for name in state if name.startswith(blocks + ".")}),
+        "depth": depth_of(state, blocks),
         "num_heads": HEADS_OF_WIDTH.get(embed_dim),
         "mlp_ratio": state[f"{blocks}.0.mlp.fc1.weight"].shape[0] / embed_dim,
     }
@@ -121,4 +101,4 @@ def transformer_options(state: dict[str, Tensor], blocks: str, token: str) -> di
 
 def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The encoder of an objective's state under its official names."""
-    return {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
+    return part_of(state, ENCODER)

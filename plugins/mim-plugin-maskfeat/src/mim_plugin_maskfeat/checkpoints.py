@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from math import isqrt
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
+from mim_framework.convert.names import INSIDE_BLOCKS, depth_of, renamed
 
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
 HEAD_NAMES = {"pred_head.transforms.0.0.": "norm.", "pred_head.projections.0.": "head."}
@@ -98,10 +98,7 @@ class MMPretrainCheckpoint(CheckpointFormat):
         (r"^backbone\.ln1\.", ENCODER + "norm."),
         (r"^backbone\.layers\.", ENCODER + "blocks."),
         (r"^backbone\.", ENCODER),
-        (r"\.projection\.", ".proj."),
-        (r"\.ln([12])\.", r".norm\1."),
-        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-        (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+        *INSIDE_BLOCKS,
     )
 
     def recognises(self, state: dict[str, Tensor]) -> bool:
@@ -119,16 +116,7 @@ class MMPretrainCheckpoint(CheckpointFormat):
         return recipe_of(ours, encoder, state["neck.fc.bias"], gaussian_window=16, rule="mmpretrain")
 
     def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            self.our_name(name): tensor
-            for name, tensor in state.items()
-            if not name.startswith(("target_generator.", "data_preprocessor."))
-        }
-
-    def our_name(self, name: str) -> str:
-        for pattern, replacement in self.renames:
-            name = re.sub(pattern, replacement, name)
-        return name
+        return renamed(state, self.renames, leave_out=("target_generator.", "data_preprocessor."))
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError("it can be read only; use 'official' or 'timm'")
@@ -163,7 +151,7 @@ def encoder_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "patch_size": state["patch_embed.proj.weight"].shape[-1],
         "embed_dim": embed_dim,
-        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "depth": depth_of(state),
         "num_heads": HEADS_OF_WIDTH.get(embed_dim),
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
     }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
+from mim_framework.convert.names import INSIDE_BLOCKS, ReadByOfficialNames, renamed
 
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
 TABLE = ".relative_position_bias_table"
@@ -76,17 +77,14 @@ class SafetensorsCheckpoint(OfficialCheckpoint):
         return encoder_state(state)
 
 
-class MMPretrainCheckpoint(OfficialCheckpoint):
+class MMPretrainCheckpoint(ReadByOfficialNames, OfficialCheckpoint):
     """open-mmlab/mmpretrain's MixMIM."""
 
     name = "mixmim_mmpretrain"
     renames = (
         (r"^neck\.ln1\.", "decoder_norm."),
         (r"^(backbone|neck)\.", ""),
-        (r"\.projection\.", ".proj."),
-        (r"\.ln([12])\.", r".norm\1."),
-        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-        (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+        *INSIDE_BLOCKS,
     )
 
     def recognises(self, state: dict[str, Tensor]) -> bool:
@@ -94,26 +92,13 @@ class MMPretrainCheckpoint(OfficialCheckpoint):
         return needed <= state.keys()
 
     def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
-        slots = super().to_recipe(self.official(state))
+        slots = super().to_recipe(state)
         slots["decoder"]["norm_eps"] = 1e-6
         return slots
 
-    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return super().import_state(self.official(state))
-
-    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise ValueError("it can be read only; use 'official'")
-
     def official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            self.official_name(name): places_first(tensor) if ".downsample." in name else tensor
-            for name, tensor in state.items()
-        }
-
-    def official_name(self, name: str) -> str:
-        for pattern, replacement in self.renames:
-            name = re.sub(pattern, replacement, name)
-        return name
+        named = renamed(state, self.renames)
+        return {name: places_first(each) if ".downsample." in name else each for name, each in named.items()}
 
 
 def places_first(tensor: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat, unfold_to_places
+from mim_framework.convert.names import INSIDE_BLOCKS, ReadByOfficialNames, part_of, renamed
+from mim_framework.convert.vit import to_timm_beit, vit_options
 
 ENCODER, HEAD = "encoder.", "heads.main.decoder.head."
 COMPUTED = ("relative_position_index", "attn_mask", "relative_coords_table")
 """Buffers in checkpoints that follow from the sizes."""
-VIT_HEADS_OF_WIDTH = {768: 12, 1024: 16}
 IN_CHANS = 3
 
 
@@ -92,31 +93,8 @@ class OfficialViTCheckpoint(SimMIMCheckpoint):
         } <= state.keys()
 
     def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
-        patch_size = state["encoder.patch_embed.proj.weight"].shape[-1]
-        dim = state["encoder.mask_token"].shape[-1]
-        shared = "encoder.rel_pos_bias.relative_position_bias_table" in state
-        table = state.get("encoder.rel_pos_bias.relative_position_bias_table")
-        if table is None:
-            table = state.get("encoder.blocks.0.attn.relative_position_bias_table")
-        positions = state.get("encoder.pos_embed")
-        side = None
-        if table is not None or positions is not None:
-            side = isqrt(positions.shape[1] - 1) if table is None else (isqrt(len(table) - 3) + 1) // 2
-        gamma = state.get("encoder.blocks.0.gamma_1")
-        return slots(
-            side and side * patch_size,
-            {
-                "type": "simmim_vit",
-                "patch_size": patch_size,
-                "embed_dim": dim,
-                "depth": len({name.split(".")[2] for name in state if name.startswith("encoder.blocks.")}),
-                "num_heads": VIT_HEADS_OF_WIDTH.get(dim) if table is None else table.shape[1],
-                "mlp_ratio": len(state["encoder.blocks.0.mlp.fc1.weight"]) / dim,
-                "position": "none" if positions is None else "learned",
-                "relative_bias": "shared" if shared else "none" if table is None else "per_block",
-                "layer_scale": 0.0 if gamma is None else 0.1,  # the initial value, which no tensor tells
-            },
-        )
+        img_size, options = vit_options(part_of(state, ENCODER))
+        return slots(img_size, {"type": "simmim_vit", **options})
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if "encoder.blocks.0.attn.qkv.bias" in state:
@@ -188,7 +166,7 @@ class OfficialSwinCheckpoint(SimMIMCheckpoint):
         return shift_merging(name.replace("encoder.swin.", ENCODER, 1), -1)
 
 
-class MMPretrainSwinCheckpoint(OfficialSwinCheckpoint):
+class MMPretrainSwinCheckpoint(ReadByOfficialNames, OfficialSwinCheckpoint):
     """open-mmlab/mmpretrain's SimMIM, which has Swin only. Read, never written."""
 
     name = "simmim_swin_mmpretrain"
@@ -198,31 +176,16 @@ class MMPretrainSwinCheckpoint(OfficialSwinCheckpoint):
         (r"^backbone\.norm3\.", "encoder.norm."),
         (r"^backbone\.", "encoder."),
         (r"\.stages\.", ".layers."),
-        (r"\.projection\.", ".proj."),
         (r"\.attn\.w_msa\.", ".attn."),
-        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-        (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+        *INSIDE_BLOCKS,
     )
 
     def recognises(self, state: dict[str, Tensor]) -> bool:
         return {"backbone.mask_token", "backbone.stages.0.blocks.0.attn.w_msa.qkv.weight"} <= state.keys()
 
-    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
-        return super().to_recipe(self.official(state))
-
-    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return super().import_state(self.official(state))
-
-    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise ValueError("it can be read only; use 'official'")
-
     def official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
-        for name, tensor in state.items():
-            for pattern, replacement in self.renames:
-                name = re.sub(pattern, replacement, name)
-            found[name] = unfold_to_places(tensor) if ".downsample." in name else tensor
-        return found
+        named = renamed(state, self.renames)
+        return {name: unfold_to_places(each) if ".downsample." in name else each for name, each in named.items()}
 
 
 class TimmSwinCheckpoint(OfficialSwinCheckpoint):
@@ -237,8 +200,7 @@ class TimmSwinCheckpoint(OfficialSwinCheckpoint):
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if "encoder.absolute_pos_embed" in state:
             raise ValueError("timm's Swin has no absolute positions (absolute_position: true)")
-        prefix = "encoder.swin."
-        return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        return part_of(state, "encoder.swin.")
 
 
 class TimmViTCheckpoint(OfficialViTCheckpoint):
@@ -250,15 +212,7 @@ class TimmViTCheckpoint(OfficialViTCheckpoint):
         return False
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        shared = "rel_pos_bias.relative_position_bias_table"
-        official = super().export_state(state)
-        own = {name.removeprefix(ENCODER): tensor for name, tensor in official.items() if name.startswith(ENCODER)}
-        table = own.pop(shared, None)
-        del own["mask_token"]
-        if table is not None:
-            depth = len({name.split(".")[1] for name in own if name.startswith("blocks.")})
-            own |= {f"blocks.{i}.attn.relative_position_bias_table": table.clone() for i in range(depth)}
-        return own
+        return to_timm_beit(part_of(state, ENCODER))
 
 
 def slots(img_size: int | None, encoder: dict[str, Any]) -> dict[str, Any]:
