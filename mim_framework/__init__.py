@@ -24,8 +24,8 @@ _HOME = {
         "Parts", "Source", "Specs", "Target", "ViewBuilder",
     ],
     "functional": [
-        "Renormalize", "attend", "gather_tokens", "paste", "patchify", "sincos_position_table", "unfold_to_places",
-        "unpatchify",
+        "Renormalize", "attend", "gather_tokens", "paste", "patch_grid", "patchify", "sincos_position_table",
+        "unfold_to_places", "unpatchify", "without_autocast",
     ],
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -47,7 +47,7 @@ from mim_framework.yaml_loader import read_yaml
 logger = logging.getLogger(__name__)
 
 IMPORTED_SLOTS = "slots.yaml"
-IMPORTED_WEIGHTS = "weights.safetensors"
+"""Name of the slots in a folder of `mim import`."""
 
 
 @dataclass

@@ -35,6 +35,9 @@ _PLAIN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 
 logger = logging.getLogger(__name__)
 
+IMPORTED_WEIGHTS = "weights.safetensors"
+"""Name of the weights in a folder of `mim import`."""
+
 
 class CheckpointSection(Section):
     """How often a run is saved and what is kept. The last step and an interrupted one are always saved."""
@@ -187,8 +190,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         return _read_tensors(path)
     if (path / "manifest.json").is_file():
         return load(path).tensors("model")
-    if (path / "weights.safetensors").is_file():  # of `mim import`
-        return _read_tensors(path / "weights.safetensors")
+    if (path / IMPORTED_WEIGHTS).is_file():
+        return _read_tensors(path / IMPORTED_WEIGHTS)
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist; give a run directory, a checkpoint or a .safetensors file")
     found = find_latest(path / "checkpoints")

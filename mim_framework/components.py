@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, ClassVar, Literal
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from mim_framework import rng
 from mim_framework.config import Section
+from mim_framework.functional import without_autocast
 from mim_framework.records import (
     Ask,
     EncoderSpec,
@@ -110,10 +110,7 @@ class Component(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.full_precision:
             return super().__call__(*args, **kwargs)
-        with ExitStack() as off:
-            for device_type in ("cuda", "mps", "cpu"):
-                if torch.is_autocast_enabled(device_type):
-                    off.enter_context(torch.autocast(device_type, enabled=False))
+        with without_autocast():
             return super().__call__(*args, **kwargs)
 
     def no_weight_decay(self) -> Iterable[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,16 @@ def paste(values: Tensor, ids: Tensor | None, onto: Tensor, mask: Mask) -> Tenso
     return values.where(mask.where[..., None].bool(), onto)
 
 
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Full precision inside, on whichever device."""
+    with ExitStack() as off:
+        for device_type in ("cuda", "mps", "cpu"):
+            if torch.is_autocast_enabled(device_type):
+                off.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
 class Renormalize(nn.Module):
     """A view (B, C, H, W) normalised as `view` says, in another normalisation; mean 0 and std 1 is [0, 1].
 
@@ -59,16 +70,27 @@ class Renormalize(nn.Module):
         return view if self.scale is None else view * self.scale + self.shift
 
 
+def patch_grid(img_size: Sequence[int], patch_size: int) -> Grid:
+    """The grid of square patches of an image of (height, width).
+
+    Raises:
+        ValueError: if the image is not a whole number of patches.
+    """
+    height, width = img_size
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"image size {height}x{width} is not a multiple of patch_size {patch_size}")
+    return Grid((height // patch_size, width // patch_size))
+
+
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """images (B, C, H, W) -> (B, L, P*P*C), patches in raster order, inside a patch (row, column, channel) as in MAE.
 
     Raises:
         ValueError: if the image is not a whole number of patches.
     """
-    batch, chans, height, width = images.shape
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"image size {height}x{width} is not a multiple of patch_size {patch_size}")
-    cells = images.reshape(batch, chans, height // patch_size, patch_size, width // patch_size, patch_size)
+    batch, chans, *img_size = images.shape
+    rows, columns = patch_grid(img_size, patch_size).shape
+    cells = images.reshape(batch, chans, rows, patch_size, columns, patch_size)
     return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch_size * patch_size * chans)
 
 

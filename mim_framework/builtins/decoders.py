@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import nn
 
+from mim_framework.builtins.vit import FAR, ONE_STD, init_linear
 from mim_framework.components import Decoder, Specs
 from mim_framework.config import Section
 from mim_framework.functional import gather_tokens
@@ -39,9 +40,7 @@ class LinearDecoder(Decoder):
         self.norm = nn.LayerNorm(specs.encoder.dim, eps=1e-6) if self.config.norm else nn.Identity()
         self.head = nn.Linear(specs.encoder.dim, specs.target.dim)
         if self.config.init != "torch":
-            cut = 0.02 if self.config.init == "trunc_normal_one_std" else 2.0
-            nn.init.trunc_normal_(self.head.weight, std=0.02, a=-cut, b=cut)
-            nn.init.zeros_(self.head.bias)
+            init_linear(self.head, ONE_STD if self.config.init == "trunc_normal_one_std" else FAR)
         self.spec = PredSpec("probs" if specs.target.kind in ("ids", "probs") else "dense", specs.target.dim, self.grid)
 
     def forward(self, latent: Latent, mask: Mask) -> Pred:

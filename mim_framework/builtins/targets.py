@@ -8,8 +8,9 @@ from torch.nn.functional import layer_norm
 
 from mim_framework.components import Specs, Target
 from mim_framework.config import Section
-from mim_framework.functional import gather_tokens, paste, patchify, unpatchify
-from mim_framework.records import Ask, Grid, Mask, Masked, Pred, Step, TargetSpec
+from mim_framework.data.tokens import VIEW_OF_IDS
+from mim_framework.functional import gather_tokens, paste, patch_grid, patchify, unpatchify
+from mim_framework.records import Ask, Mask, Masked, Pred, Step, TargetSpec
 
 
 def normalize_patches(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,10 +37,7 @@ class PixelTarget(Target):
         super().__init__(config, specs)
         view = specs.view("x")
         self.patch_size = self.config.patch_size or specs.encoder.stride
-        if any(size % self.patch_size for size in view.img_size):
-            height, width = view.img_size
-            raise ValueError(f"image size {height}x{width} is not a multiple of patch_size {self.patch_size}")
-        grid = Grid(tuple(size // self.patch_size for size in view.img_size))
+        grid = patch_grid(view.img_size, self.patch_size)
         self.spec = TargetSpec("dense", self.patch_size**2 * view.in_chans, grid)
 
     def forward(self, step: Step, masked: Masked) -> Pred:
@@ -90,7 +88,6 @@ class TokenTarget(Target):
     """Token ids of a frozen tokenizer (BEiT, BEiT v2): computed in every step, or those that `mim tokenize` wrote."""
 
     name = "token_ids"
-    CACHED = "token_ids"
 
     class Config(Section):
         teacher: str = "tokenizer"
@@ -104,8 +101,8 @@ class TokenTarget(Target):
         super().__init__(config, specs)
         name, vocab_size = self.config.teacher, self.config.vocab_size
         self.view: str | None = None
-        if self.CACHED in specs.views:
-            found = specs.view(self.CACHED)
+        if VIEW_OF_IDS in specs.views:
+            found = specs.view(VIEW_OF_IDS)
         elif name in specs.teachers:
             found = specs.teacher(name)
             self.view = specs.teacher_view(name)
@@ -134,8 +131,8 @@ class TokenTarget(Target):
 
     def forward(self, step: Step, masked: Masked) -> Tensor:
         """(B, N) int64"""
-        if self.CACHED in masked.views:
-            return masked.views[self.CACHED]
+        if VIEW_OF_IDS in masked.views:
+            return masked.views[VIEW_OF_IDS]
         if self.view is None:
             raise ValueError(self.lacking())
         return step.teacher(self.config.teacher, masked.clean(self.view)).aux["ids"]

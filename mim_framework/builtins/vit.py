@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Literal
+from collections.abc import Iterable
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,10 +19,13 @@ from torch.nn.functional import linear
 
 from mim_framework.components import Encoder, Specs
 from mim_framework.config import Section
-from mim_framework.functional import attend, sincos_position_table
+from mim_framework.functional import attend, patch_grid, sincos_position_table
 from mim_framework.records import Ask, EncoderSpec, Grid, Latent, Mask
 
 NORM_EPS = 1e-6
+ONE_STD, FAR = 0.02, 2.0
+"""Where normal weights of 0.02 are cut: at one standard deviation, as officially in pre-training of SimMIM and BEiT, or
+so far out that it makes no difference, as by default in timm and torch."""
 
 
 def relative_position_index(grid: Grid) -> Tensor:
@@ -63,6 +67,26 @@ class RelativePositionBias(nn.Module):
 def look_up(table: Tensor, index: Tensor) -> Tensor:
     """table (rows, heads), index (T, T) -> biases (1, heads, T, T)."""
     return table.t()[:, index.flatten()].unflatten(1, index.shape)[None]
+
+
+def trunc_normal(tensor: Tensor, cut: float = FAR) -> None:
+    """Standard deviation 0.02 before it is cut at -cut and cut."""
+    nn.init.trunc_normal_(tensor, std=0.02, a=-cut, b=cut)
+
+
+def init_linear(layer: nn.Linear | nn.Conv2d, cut: float = FAR) -> None:
+    """Truncated normal weights, zero biases."""
+    trunc_normal(layer.weight, cut)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def rescale_by_depth(blocks: Iterable[Block], first: int = 1) -> None:
+    """Divide what block i, counted from `first`, adds to the residual stream by sqrt(2i) (BEiT, `fix_init_weight`)."""
+    for number, block in enumerate(blocks, start=first):
+        block.attn.proj.weight.div_(math.sqrt(2 * number))
+        block.mlp.fc2.weight.div_(math.sqrt(2 * number))
 
 
 class Attention(nn.Module):
@@ -131,22 +155,29 @@ class Block(nn.Module):
         return x, qkv if want_qkv else None
 
 
+class ViTSizes(Section):
+    """How large a plain vision transformer is."""
+
+    patch_size: int = Field(16, gt=0)
+    """Side of a patch in pixels."""
+    embed_dim: int = Field(768, gt=0)
+    """Width; a multiple of `num_heads`."""
+    depth: int = Field(12, gt=0)
+    """Number of transformer blocks."""
+    num_heads: int = Field(12, gt=0)
+    """Attention heads per block."""
+    mlp_ratio: float = Field(4.0, gt=0)
+    """Hidden width of the MLPs, as a multiple of `embed_dim`."""
+
+
 class MaskTokenViT(Encoder):
     """ViT in which a learned mask token stands at every hidden position; the whole sequence goes through all blocks."""
 
     name = "vit"
 
-    class Config(Section):
-        patch_size: int = Field(16, gt=0)
-        """Side of a patch in pixels."""
-        embed_dim: int = Field(768, gt=0)
-        """Width; a multiple of `num_heads`."""
-        depth: int = Field(12, gt=0)
-        """Number of transformer blocks."""
-        num_heads: int = Field(12, gt=0)
-        """Attention heads per block."""
-        mlp_ratio: float = Field(4.0, gt=0)
-        """Hidden width of the MLPs, as a multiple of `embed_dim`."""
+    init_cut: ClassVar[float] = FAR
+
+    class Config(ViTSizes):
         drop_path_rate: float = Field(0.0, ge=0, lt=1)
         """Stochastic depth of the last block, growing linearly from 0 at the first."""
         position: Literal["learned", "sincos", "none"] = "learned"
@@ -165,12 +196,9 @@ class MaskTokenViT(Encoder):
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
         view, c = specs.view("x"), self.config
-        height, width = view.img_size
-        if height % c.patch_size or width % c.patch_size:
-            raise ValueError(f"image size {height}x{width} is not a multiple of patch_size {c.patch_size}")
+        grid = patch_grid(view.img_size, c.patch_size)
         if c.embed_dim % c.num_heads:
             raise ValueError(f"embed_dim {c.embed_dim} is not a multiple of num_heads {c.num_heads}")
-        grid = Grid((height // c.patch_size, width // c.patch_size))
 
         self.patch_embed = PatchEmbed(view.img_size, c.patch_size, view.in_chans, c.embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
@@ -224,21 +252,15 @@ class MaskTokenViT(Encoder):
         """Truncated normal of 0.02 for matrices, tokens and positions, zero for biases and bias tables (timm, BEiT)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=0.02)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+                init_linear(module, self.init_cut)
+        init_linear(self.patch_embed.proj, self.init_cut)
         for name in ("cls_token", "mask_token", "pos_embed"):
             if isinstance(parameter := getattr(self, name), nn.Parameter):
-                nn.init.trunc_normal_(parameter, std=0.02)
+                trunc_normal(parameter, self.init_cut)
 
-    @torch.no_grad()
     def rescale_by_depth(self) -> None:
-        """Divide what block i (from 1) adds to the residual stream by sqrt(2i) (BEiT, `fix_init_weight`)."""
-        for number, block in enumerate(self.blocks, start=1):
-            block.attn.proj.weight.div_(math.sqrt(2 * number))
-            block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+        """Make what the blocks add to the residual stream smaller with depth, for encoders that begin so."""
+        rescale_by_depth(self.blocks)
 
     def no_weight_decay(self) -> tuple[str, ...]:
         """As the official pre-training code of SimMIM and BEiT: mask token and bias tables do decay."""
@@ -298,29 +320,17 @@ class BEiTViT(MaskTokenViT):
 
     config: Config
 
+    init_cut = ONE_STD
+
     def init_weights(self) -> None:
         """As officially: normal of 0.02 cut at one standard deviation, residual branches smaller with depth."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        trunc_normal(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        for name in ("cls_token", "mask_token", "pos_embed"):
-            if isinstance(parameter := getattr(self, name), nn.Parameter):
-                trunc_normal(parameter)
+        super().init_weights()
         self.rescale_by_depth()
 
     def no_weight_decay(self) -> tuple[str, ...]:
         """Class token and absolute positions; the mask token does decay."""
         tables = (name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table"))
         return ("cls_token", "pos_embed", *(() if self.config.decay_bias_tables else tables))
-
-
-def trunc_normal(tensor: Tensor) -> None:
-    """Standard deviation 0.02 before it is cut at -0.02 and 0.02 (SimMIM's and BEiT's official pre-training)."""
-    nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
 
 
 def vit_layer_id(name: str, depth: int) -> int:

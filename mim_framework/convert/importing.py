@@ -14,7 +14,8 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mim_framework.build import IMPORTED_SLOTS, IMPORTED_WEIGHTS, build_model
+from mim_framework.build import IMPORTED_SLOTS, build_model
+from mim_framework.checkpoint import IMPORTED_WEIGHTS
 from mim_framework.components import CheckpointFormat
 from mim_framework.convert.positions import resize_bias_table, resize_position_table
 from mim_framework.convert.reading import ForeignCheckpoint, read_checkpoint
@@ -22,8 +23,6 @@ from mim_framework.errors import CheckpointError
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 from mim_framework.records import Grid
-
-WEIGHTS, SLOTS = IMPORTED_WEIGHTS, IMPORTED_SLOTS
 
 _REST_OF_A_RECIPE: dict[str, Any] = {
     "name": "import",
@@ -54,7 +53,10 @@ class ImportReport:
         lines += [f"  resized     {name} {old} -> {new}" for name, (old, new) in self.resized.items()]
         lines += [f"  missing     {line}" for line in self._missing_lines()]
         lines += [f"  unexpected  {name} {shape}" for name, shape in self.unexpected.items()]
-        lines += [f"weights: {self.folder / WEIGHTS}", f"to paste into a recipe: {self.folder / SLOTS}"]
+        lines += [
+            f"weights: {self.folder / IMPORTED_WEIGHTS}",
+            f"to paste into a recipe: {self.folder / IMPORTED_SLOTS}",
+        ]
         return "\n".join(lines)
 
     def _missing_lines(self) -> Iterator[str]:
@@ -169,10 +171,10 @@ def _write(
         f"The script that wrote it ran with {name}: {value!r}" for name, value in sorted(foreign.options.items())
     ]
     text = "".join(f"# {' '.join(comment.split())}\n" for comment in comments)
-    text += yaml.safe_dump({"init": str((report.folder / WEIGHTS).resolve()), **slots}, sort_keys=False)
+    text += yaml.safe_dump({"init": str((report.folder / IMPORTED_WEIGHTS).resolve()), **slots}, sort_keys=False)
     try:
         report.folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, report.folder / WEIGHTS)
-        (report.folder / SLOTS).write_text(text)
+        save_file(weights, report.folder / IMPORTED_WEIGHTS)
+        (report.folder / IMPORTED_SLOTS).write_text(text)
     except OSError as error:
         raise CheckpointError(f"cannot write to {report.folder}: {error.strerror}") from error

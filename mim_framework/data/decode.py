@@ -16,7 +16,8 @@ import io
 import math
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal
 
@@ -158,16 +159,10 @@ class Image:
         top, left, height, width = self._to_file_frame(top, left, height, width)
         if self._transpose:
             out_size = out_size[::-1]
-        try:
+        with self._broken_if_it_fails():
             pixels = self._decode(scale)
             box = [edge / self._scale for edge in (left, top, left + width, top + height)]
             resized = _resized_crop(pixels, box, out_size, interpolation, self._bits)
-        except MemoryError:
-            raise
-        except _UnsupportedMode as error:
-            raise BrokenImage(self.name, "unsupported", str(error)) from None
-        except Exception as error:
-            raise _broken(self.name, error) from error
         if self._transpose:
             resized = resized.transpose(1, 2)
         dims = [dim for dim, reverse in ((1, self._flip_rows), (2, self._flip_columns != flip)) if reverse]
@@ -185,17 +180,22 @@ class Image:
         Raises:
             BrokenImage: if the pixels cannot be decoded.
         """
-        try:
+        with self._broken_if_it_fails():
             pixels = self._decode(self._scale_for(height, width, out_size))
-            whole = pil.fromarray(pixels.permute(1, 2, 0).numpy()) if isinstance(pixels, Tensor) else pixels
-            self._pixels = adjust(_to_rgb(whole, self._bits))
+            self._pixels = adjust(_to_rgb(_to_pillow(pixels), self._bits))
+        self._bits = 8
+
+    @contextmanager
+    def _broken_if_it_fails(self) -> Iterator[None]:
+        """The bytes are foreign: whatever decoding them raises is told as a broken image."""
+        try:
+            yield
         except MemoryError:
             raise
         except _UnsupportedMode as error:
             raise BrokenImage(self.name, "unsupported", str(error)) from None
         except Exception as error:
             raise _broken(self.name, error) from error
-        self._bits = 8
 
     def _scale_for(self, height: int, width: int, out_size: tuple[int, int]) -> int:
         """The coarsest scale at which a region keeps twice the resolution it needs."""
@@ -250,15 +250,18 @@ def _resized_crop(
         # torch resizes uint8 about four times faster than Pillow, to within 2 levels of it
         batch = _to_tensor(region)[None]
         return interpolate(batch, out_size, mode=interpolation, antialias=True, align_corners=False)[0]
-    if isinstance(region, Tensor):
-        region = pil.fromarray(region.permute(1, 2, 0).numpy())
     inside = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
-    return _to_tensor(region.resize(out_size[::-1], _RESAMPLING[interpolation], box=inside))
+    return _to_tensor(_to_pillow(region).resize(out_size[::-1], _RESAMPLING[interpolation], box=inside))
 
 
 def _to_tensor(image: pil.Image | Tensor) -> Tensor:
     """RGB to uint8 (3, H, W), channels last in memory."""
     return image if isinstance(image, Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _to_pillow(image: pil.Image | Tensor) -> pil.Image:
+    """The inverse of `_to_tensor`."""
+    return pil.fromarray(image.permute(1, 2, 0).numpy()) if isinstance(image, Tensor) else image
 
 
 def _to_rgb(image: pil.Image, bits: int) -> pil.Image:

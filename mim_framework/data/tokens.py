@@ -25,7 +25,7 @@ from mim_framework.records import Grid, Sample, Step, Views, ViewSpec
 
 IDS, FACTS, UNFINISHED = "ids.npy", "tokens.json", "unfinished.json"
 FORMAT = 1
-VIEW = "token_ids"
+VIEW_OF_IDS = "token_ids"
 
 
 @dataclass(frozen=True)
@@ -181,29 +181,29 @@ class CachedTokenViews(ViewBuilder):
         super().__init__(views.config)
         self.inner, self.cache = views, cache
         facts = cache.facts
-        spec = ViewSpec(VIEW, facts.shape[2:], "ids", grid=Grid(facts.grid), num_classes=facts.num_classes)
-        self.specs = {**views.specs, VIEW: spec}
+        spec = ViewSpec(VIEW_OF_IDS, facts.shape[2:], "ids", grid=Grid(facts.grid), num_classes=facts.num_classes)
+        self.specs = {**views.specs, VIEW_OF_IDS: spec}
         self.num_random = views.num_random
 
     def __call__(self, sample: Sample, rand: Tensor) -> dict[str, Tensor]:
         return self.inner(sample, rand)
 
     def for_sample(self, sample: Sample, rand: Tensor, index: int, fixed_view: int) -> dict[str, Tensor]:
-        return {**self.inner(sample, rand), VIEW: self.cache.ids(index, fixed_view, sample.name)}
+        return {**self.inner(sample, rand), VIEW_OF_IDS: self.cache.ids(index, fixed_view, sample.name)}
 
     def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        ids = torch.stack([sample[VIEW] for sample in samples])
-        rest = [{name: view for name, view in sample.items() if name != VIEW} for sample in samples]
-        return {**self.inner.collate(rest), VIEW: ids}
+        ids = torch.stack([sample[VIEW_OF_IDS] for sample in samples])
+        rest = [{name: view for name, view in sample.items() if name != VIEW_OF_IDS} for sample in samples]
+        return {**self.inner.collate(rest), VIEW_OF_IDS: ids}
 
     def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
-        views = self.inner.prepare(step, {name: view for name, view in batch.items() if name != VIEW})
-        return {**views, VIEW: batch[VIEW]} if VIEW in batch else views
+        views = self.inner.prepare(step, {name: view for name, view in batch.items() if name != VIEW_OF_IDS})
+        return {**views, VIEW_OF_IDS: batch[VIEW_OF_IDS]} if VIEW_OF_IDS in batch else views
 
     def example(self, batch_size: int) -> dict[str, Tensor]:
-        spec = self.specs[VIEW]
+        spec = self.specs[VIEW_OF_IDS]
         noise = rng.uniform(0, "example token_ids", torch.arange(batch_size), spec.shape[0])
-        return {**self.inner.example(batch_size), VIEW: (noise * spec.num_classes).long()}
+        return {**self.inner.example(batch_size), VIEW_OF_IDS: (noise * spec.num_classes).long()}
 
     def evaluation_view(self, sample: Sample) -> Tensor:
         return self.inner.evaluation_view(sample)

@@ -11,7 +11,6 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -41,6 +40,7 @@ from mim_framework import (
     ViewSpec,
     patchify,
     unpatchify,
+    without_autocast,
 )
 from mim_framework.records import TargetSpec
 from mim_framework.schedule import extremes, value_at
@@ -98,11 +98,6 @@ def unit_range(view: ViewSpec) -> tuple[Renormalize, Renormalize]:
         )
     mean, std = (0.0,) * view.in_chans, (1.0,) * view.in_chans
     return Renormalize(view, mean, std), Renormalize(replace(view, mean=mean, std=std), view.mean, view.std)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Full precision inside; the meta device has no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
@@ -214,7 +209,7 @@ class DalleEncoder(Encoder):
         for number in range(1, NUM_GROUPS + 1):
             x = self.blocks.get_submodule(f"group_{number}")(x)
         conv = self.blocks.output.conv
-        with without_autocast(x.device):  # official: the last convolution is not in float16
+        with without_autocast():  # official: the last convolution is not in float16
             features = self.blocks.output.relu(x).flatten(2).transpose(1, 2)
             logits = linear(features, conv.weight.flatten(1), conv.bias)
         aux = {"ids": logits.argmax(-1)} if "ids" in ask.aux else {}
@@ -294,7 +289,7 @@ class DalleDecoder(Decoder):
 
     def forward(self, latent: Latent, mask: Mask) -> PixelDistribution:
         conv = self.blocks.input
-        with without_autocast(latent.tokens.device):
+        with without_autocast():
             if self.training:
                 embedded = linear(self.relaxed_codes(latent.tokens), conv.weight.flatten(1), conv.bias)
             else:
@@ -321,7 +316,7 @@ class DalleDecoder(Decoder):
         x = embedded.transpose(1, 2).unflatten(2, grid.shape)
         for number in range(1, NUM_GROUPS + 1):
             x = self.blocks.get_submodule(f"group_{number}")(x)
-        with without_autocast(x.device):
+        with without_autocast():
             means, log_scales = self.blocks.output(x).chunk(2, dim=1)
         return PixelDistribution(patchify(means, STRIDE), grid, log_scales=patchify(log_scales, STRIDE))
 

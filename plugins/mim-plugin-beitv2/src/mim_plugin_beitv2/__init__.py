@@ -7,7 +7,6 @@ checkpoints are in `checkpoints.py`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -15,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mim_framework import Ask, Decoder, Head, Latent, Parts, Section, Step, Views, hookimpl
-from mim_framework.builtins.vit import NORM_EPS, MaskTokenViT
+from mim_framework.builtins.vit import NORM_EPS, MaskTokenViT, rescale_by_depth
 from mim_framework.objective import MaskedPrediction
 from mim_plugin_beitv2.checkpoints import (
     MMPretrainCheckpoint,
@@ -56,7 +55,8 @@ class PatchAggregation(MaskedPrediction):
         aux = frozenset({"position_bias"} if shares_bias else ())
         self.ask |= Ask(layers=frozenset({self.early, self.last}), aux=aux)
         self.cls_blocks = nn.ModuleList(encoder.new_block(rate) for rate in self.drop_path_rates(encoder))
-        self.rescale_by_depth()
+        # Official: these blocks keep PyTorch's initial values, except for what they add to the residual stream.
+        rescale_by_depth(self.cls_blocks, first=c.early_layers + 1)
         self.cls_norm = None if c.shared_head else nn.LayerNorm(encoder.spec.dim, eps=NORM_EPS)
         self.cls_decoders = nn.ModuleDict(
             {} if c.shared_head else {name: another_decoder(head, parts) for name, head in parts.heads.items()}
@@ -69,13 +69,6 @@ class PatchAggregation(MaskedPrediction):
         length = max(encoder.spec.depth, c.early_layers + c.head_layers)
         numbers = range(c.early_layers, c.early_layers + c.head_layers)
         return [encoder.config.drop_path_rate * number / (length - 1) for number in numbers]
-
-    @torch.no_grad()
-    def rescale_by_depth(self) -> None:
-        """Official: these blocks keep PyTorch's initial values, except for what they add to the residual stream."""
-        for number, block in enumerate(self.cls_blocks, start=self.config.early_layers + 1):
-            block.attn.proj.weight.div_(math.sqrt(2 * number))
-            block.mlp.fc2.weight.div_(math.sqrt(2 * number))
 
     def no_weight_decay(self) -> list[str]:
         """Bias tables of the added blocks, if the encoder exempts its own; names of the encoder are its own affair."""

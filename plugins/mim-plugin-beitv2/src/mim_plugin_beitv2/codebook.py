@@ -5,14 +5,11 @@ The codes move once per optimizer step, by what all micro-batches of all ranks h
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mim_framework import Step, rng
+from mim_framework import Step, rng, without_autocast
 from mim_framework.distributed import World
 
 VECTORS_AT_ONCE = 4096
@@ -22,20 +19,13 @@ MAX_REVIVED = 1024
 NO_KEY = torch.iinfo(torch.int64).max
 
 
-def in_float32(x: Tensor) -> AbstractContextManager[Any]:
-    """Autocast switched off on the tensor's device; the meta device has none."""
-    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
-
-
 @torch.no_grad()
 def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
     """vectors (..., C) and codes (K, C), all of length 1 -> the nearest code of each vector, (...) int64.
 
     Between unit vectors the nearest is the one of largest product.
     """
-    with in_float32(vectors):
+    with without_autocast():
         parts = vectors.flatten(0, -2).split(VECTORS_AT_ONCE)
         return torch.cat([(part @ codes.t()).argmax(-1) for part in parts]).view(vectors.shape[:-1])
 

@@ -7,7 +7,6 @@ teacher and `cosine`. In stage two the trained encoder is the tokenizer.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -33,9 +32,11 @@ from mim_framework import (
     Step,
     Views,
     gather_tokens,
+    patch_grid,
+    without_autocast,
 )
-from mim_framework.builtins.vit import NORM_EPS, Block
-from mim_plugin_beitv2.codebook import EMACodebook, draw_usage, in_float32
+from mim_framework.builtins.vit import NORM_EPS, Block, ViTSizes, init_linear, rescale_by_depth, trunc_normal
+from mim_plugin_beitv2.codebook import EMACodebook, draw_usage
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +64,9 @@ class Transformer(nn.Module):
     def init_weights(self) -> None:
         """As officially; the patch embedding keeps PyTorch's values."""
         for parameter in (self.cls_token, self.pos_embed):
-            nn.init.trunc_normal_(parameter, std=0.02)
-        self.blocks.apply(init_linear)
-        for number, block in enumerate(self.blocks, start=1):
-            block.attn.proj.weight.div_(math.sqrt(2 * number))
-            block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+            trunc_normal(parameter)
+        self.blocks.apply(init_if_linear)
+        rescale_by_depth(self.blocks)
 
     def forward(self, patches: Tensor) -> Tensor:
         """What `patch_embed` takes -> (B, N, D)."""
@@ -78,17 +77,14 @@ class Transformer(nn.Module):
         return self.fc_norm(x[:, 1:])
 
 
-def init_linear(module: nn.Module) -> None:
-    """Truncated normal of 0.02 and zero bias, if it is a linear layer."""
+def init_if_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        init_linear(module)
 
 
 def task_layer(dim: int, out_dim: int) -> nn.Sequential:
     """Linear, tanh, linear: between a transformer and the codes or the teacher's features."""
-    return nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, out_dim)).apply(init_linear)
+    return nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, out_dim)).apply(init_if_linear)
 
 
 class VQKDEncoder(Encoder):
@@ -100,17 +96,7 @@ class VQKDEncoder(Encoder):
 
     name = "vqkd"
 
-    class Config(Section):
-        patch_size: int = Field(16, gt=0)
-        """Side of a patch in pixels."""
-        embed_dim: int = Field(768, gt=0)
-        """Width; a multiple of `num_heads`."""
-        depth: int = Field(12, gt=0)
-        """Number of transformer blocks."""
-        num_heads: int = Field(12, gt=0)
-        """Attention heads per block."""
-        mlp_ratio: float = Field(4.0, gt=0)
-        """Hidden width of the MLPs, as a multiple of `embed_dim`."""
+    class Config(ViTSizes):
         num_codes: int = Field(8192, gt=0)
         """Size of the codebook, which is the vocabulary of the token ids."""
         code_dim: int = Field(32, gt=0)
@@ -132,10 +118,7 @@ class VQKDEncoder(Encoder):
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
         view, c = specs.view("x"), self.config
-        height, width = view.img_size
-        if height % c.patch_size or width % c.patch_size:
-            raise ValueError(f"image size {height}x{width} is not a multiple of patch_size {c.patch_size}")
-        grid = Grid((height // c.patch_size, width // c.patch_size))
+        grid = patch_grid(view.img_size, c.patch_size)
         zeros, ones, half = ((value,) * view.in_chans for value in (0.0, 1.0, 0.5))
         if view.mean is None or view.std is None:  # a view that is not normalised is in [0, 1]
             view = replace(view, mean=zeros, std=ones)
@@ -182,7 +165,7 @@ class VQKDEncoder(Encoder):
 
     def vectors(self, features: Tensor) -> Tensor:
         """Patch tokens (B, N, D) -> (B, N, code_dim) float32 of length 1, also under autocast."""
-        with in_float32(features):
+        with without_autocast():
             return normalize(self.task_layer(features.float()), dim=-1)
 
     def calibrate(self, batches: Sequence[tuple[Step, Views]]) -> None:

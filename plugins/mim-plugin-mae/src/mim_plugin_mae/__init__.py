@@ -30,6 +30,7 @@ from mim_framework import (
     attend,
     gather_tokens,
     hookimpl,
+    patch_grid,
     patchify,
     sincos_position_table,
 )
@@ -105,11 +106,8 @@ class MAEEncoder(Encoder):
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
         view, options = specs.view("x"), self.config
-        height, width = view.img_size
-        if height % options.patch_size or width % options.patch_size:
-            raise ValueError(f"image size {height}x{width} is not a multiple of patch_size {options.patch_size}")
+        grid = patch_grid(view.img_size, options.patch_size)
         require_heads(options.embed_dim, options.num_heads)
-        grid = Grid((height // options.patch_size, width // options.patch_size))
 
         self.patch_embed = PatchEmbed(view.img_size, options.patch_size, view.in_chans, options.embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, options.embed_dim))
