@@ -21,13 +21,16 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from mim_framework.build import Model, build_model, exempt_names
+from mim_framework.components import CheckpointFormat
 from mim_framework.convert import import_checkpoint
-from mim_framework.optim import Optimizer, OptimSection
+from mim_framework.optim import Optimizer, OptimSection, parameter_groups
 from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
-from mim_framework.records import Mask, Masked, Step, Views
+from mim_framework.records import Ask, Mask, Masked, Step, Views
+from mim_framework.schedule import Curve, epoch_of, value_at
 
 FOLDER = Path(os.environ.get("MIM_PARITY_DIR", Path(__file__).parent / "data"))
 
@@ -108,8 +111,11 @@ class Case:
         """Tensors `prefix/NAME` by the name they have in our model."""
         return self.our_names(named(self.tensors, prefix))
 
+    def losses(self) -> dict[str, Tensor]:
+        return self.model.objective(self.step, {"x": self.images})
+
     def loss(self) -> Tensor:
-        return self.model.objective(self.step, {"x": self.images})["main"]
+        return sum(self.losses().values())
 
 
 def imported_case(
@@ -151,6 +157,53 @@ def imported_case(
     registry = Registry()
     model = build_model(load_recipe(tmp_path / "recipe.yaml", [], registry), registry)
     return Case(tensors, metadata, model, our_names)
+
+
+def check_weights(case: Case, layout: CheckpointFormat, *, computed: Iterable[str] = ()) -> None:
+    """Imported weights are those of the file, and go out again; `computed`: last parts of names that we leave out."""
+    state, weights = case.model.objective.state_dict(), case.group("param")
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
+    exported, official = layout.export_state(state), named(case.tensors, "param")
+    assert all(torch.equal(exported[name], official[name]) for name in exported)
+    assert {name.rpartition(".")[2] for name in official.keys() - exported.keys()} <= set(computed)
+
+
+@torch.no_grad()
+def check_features_for_fine_tuning(case: Case) -> None:
+    """Class token, and the mean of patch tokens that a new norm follows, of BEiT's fine-tuning model."""
+    encoder = case.model.objective.encoder.eval()
+    last = encoder.spec.depth - 1
+    nothing = Mask.none(len(case.images), encoder.spec.grid)
+    latent = encoder(case.images, nothing, Ask(layers=frozenset({last})))
+    assert relative(latent.prefix[:, 0], case.tensors["extra/finetune_cls"]) < OUTPUT_TOLERANCE
+    pooled = layer_norm(latent.layers[last][:, 1:].mean(1), (encoder.spec.dim,), eps=1e-6)
+    assert relative(pooled, case.tensors["extra/finetune_pooled"]) < OUTPUT_TOLERANCE
+
+
+def check_known_decay_groups(case: Case, known: Mapping[str, bool], *, at_least: int) -> None:
+    """Whether parameters decay, of those that our model and the official one of another size have in common."""
+    objective = case.model.objective
+    groups = parameter_groups(objective.named_parameters(), exempt_names(objective))
+    ours = {name: group["decay"] for group in groups for name in group["names"]}
+    assert ours.keys() == {name for name, _ in objective.named_parameters()}
+    compared = known.keys() & ours.keys()
+    assert len(compared) > at_least
+    assert {name: ours[name] for name in compared} == {name: known[name] for name in compared}
+
+
+def curve_per_iteration(curve: Curve | float, setting: Mapping[str, Any]) -> list[float]:
+    """The values of a schedule at every iteration of a run of BEiT's official code."""
+    per_epoch = setting["iters_per_epoch"]
+    epochs = [epoch_of(index, per_epoch) for index in range(setting["epochs"] * per_epoch)]
+    return [value_at(curve, epoch, setting["epochs"], per_epoch) for epoch in epochs]
+
+
+def warmup_epochs(setting: Mapping[str, Any]) -> float:
+    """`warmup_steps` replaces the epochs in BEiT's official code, if there are any."""
+    if setting["warmup_epochs"] > 0 and setting["warmup_steps"] > 0:
+        return setting["warmup_steps"] / setting["iters_per_epoch"]
+    return setting["warmup_epochs"]
 
 
 def check_gradients(case: Case) -> None:

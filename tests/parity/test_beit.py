@@ -12,22 +12,25 @@ from parity.harness import (
     OUTPUT_TOLERANCE,
     Case,
     cases,
+    check_features_for_fine_tuning,
     check_gradients,
+    check_known_decay_groups,
     check_optimizer_steps,
+    check_weights,
+    curve_per_iteration,
     imported_case,
     named,
     read,
     read_json,
     relative,
+    warmup_epochs,
 )
 from torch import nn
-from torch.nn.functional import layer_norm
 
-from mim_framework.build import exempt_names, make_step
+from mim_framework.build import make_step
 from mim_framework.builtins.vit import vit_layer_id
 from mim_framework.optim import OptimSection, layer_decay_scale, parameter_groups
 from mim_framework.records import Ask, Grid, Mask, Masked
-from mim_framework.schedule import epoch_of, value_at
 
 CASES = cases("beit_*.safetensors")
 SCHEDULES = read_json("beit_schedule.json")
@@ -64,14 +67,7 @@ def test_there_are_cases():
 
 
 def test_imported_weights_are_those_of_the_file_and_exported_again(case: Case):
-    state = case.model.objective.state_dict()
-    weights = case.group("param")
-    assert state.keys() == weights.keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
-    exported = OfficialCheckpoint().export_state(state)
-    official = named(case.tensors, "param")
-    assert all(torch.equal(exported[name], official[name]) for name in exported)
-    assert {name.rpartition(".")[2] for name in official.keys() - exported.keys()} <= {"relative_position_index"}
+    check_weights(case, OfficialCheckpoint(), computed=["relative_position_index"])
 
 
 def test_outputs(case: Case):
@@ -111,15 +107,8 @@ def test_optimizer_steps(case: Case):
     check_optimizer_steps(case)
 
 
-@torch.no_grad()
 def test_features_for_fine_tuning(case: Case):
-    encoder = case.model.objective.encoder.eval()
-    last = encoder.spec.depth - 1
-    nothing = Mask.none(len(case.images), encoder.spec.grid)
-    latent = encoder(case.images, nothing, Ask(layers=frozenset({last})))
-    assert relative(latent.prefix[:, 0], case.tensors["extra/finetune_cls"]) < OUTPUT_TOLERANCE
-    pooled = layer_norm(latent.layers[last][:, 1:].mean(1), (encoder.spec.dim,), eps=1e-6)  # a new norm
-    assert relative(pooled, case.tensors["extra/finetune_pooled"]) < OUTPUT_TOLERANCE
+    check_features_for_fine_tuning(case)
 
 
 @torch.no_grad()
@@ -150,36 +139,25 @@ def test_a_wrong_implementation_would_be_found(case: Case, fault: str):
 @pytest.mark.parametrize("number", range(len(SCHEDULES["schedules"])))
 def test_learning_rate_and_weight_decay_of_every_iteration(number: int):
     official = SCHEDULES["schedules"][number]
-    setting, steps_per_epoch = official["setting"], official["setting"]["iters_per_epoch"]
-    warmup = setting["warmup_epochs"]
-    if warmup > 0 and setting["warmup_steps"] > 0:
-        warmup = setting["warmup_steps"] / steps_per_epoch
+    setting = official["setting"]
     decay: Any = setting["weight_decay"]
     if setting["weight_decay_end"] is not None:
         decay = {"shape": "cosine", "from": decay, "to": setting["weight_decay_end"]}
     section = OptimSection(
-        lr=setting["lr"], min_lr=setting["min_lr"], warmup_epochs=warmup, warmup_lr=0.0, warmup_inclusive=True,
-        weight_decay=decay,
+        lr=setting["lr"], min_lr=setting["min_lr"], warmup_epochs=warmup_epochs(setting), warmup_lr=0.0,
+        warmup_inclusive=True, weight_decay=decay,
     )  # fmt: skip
-    curve = section.lr_curve(total_batch_size=1)
-    epochs = [epoch_of(index, steps_per_epoch) for index in range(setting["epochs"] * steps_per_epoch)]
-    rates = [value_at(curve, epoch, setting["epochs"], steps_per_epoch) for epoch in epochs]
+    rates = curve_per_iteration(section.lr_curve(total_batch_size=1), setting)
     assert rates == pytest.approx(official["lr_per_iteration"], rel=1e-12)
-    decays = [value_at(section.weight_decay, epoch, setting["epochs"], steps_per_epoch) for epoch in epochs]
+    decays = curve_per_iteration(section.weight_decay, setting)
     assert decays == pytest.approx(official["weight_decay_per_iteration"], rel=1e-12)
 
 
 def test_decay_groups_of_pre_training_are_exact(case: Case):
     official = SCHEDULES["pretrain_param_groups"]["beit"]
-    objective = case.model.objective
-    groups = parameter_groups(objective.named_parameters(), exempt_names(objective))
-    ours = {group["decay"]: set(group["names"]) for group in groups}
-    assert ours[True] | ours[False] == {name for name, _ in objective.named_parameters()}
     known = {our_name(name): True for name in official["weight_decay_keys"]}
     known |= {our_name(name): False for name in official["no_weight_decay"]}
-    compared = known.keys() & (ours[True] | ours[False])
-    assert len(compared) > 20
-    assert {name: name in ours[True] for name in compared} == {name: known[name] for name in compared}
+    check_known_decay_groups(case, known, at_least=20)
 
 
 @pytest.mark.parametrize("number", range(len(LAYER_DECAY["cases"])))

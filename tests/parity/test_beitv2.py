@@ -11,23 +11,27 @@ from parity.harness import (
     OUTPUT_TOLERANCE,
     Case,
     cases,
+    check_features_for_fine_tuning,
     check_gradients,
+    check_known_decay_groups,
     check_optimizer_steps,
+    check_weights,
+    curve_per_iteration,
     imported_case,
     named,
     read,
     read_json,
     relative,
+    warmup_epochs,
 )
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, layer_norm
+from torch.nn.functional import cross_entropy
 
-from mim_framework.build import build_model, exempt_names, make_step
+from mim_framework.build import build_model, make_step
 from mim_framework.convert import import_checkpoint
-from mim_framework.optim import OptimSection, parameter_groups
+from mim_framework.optim import OptimSection
 from mim_framework.plugins import Registry
-from mim_framework.records import Ask, Grid, Latent, Mask, Masked
-from mim_framework.schedule import epoch_of, value_at
+from mim_framework.records import Grid, Latent, Mask, Masked
 
 CASES = cases("beitv2_*.safetensors")
 SCHEDULES = read_json("beit_schedule.json")
@@ -36,12 +40,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.*:UserWarning")
 
 
 class BEiTv2Case(Case):
-    def losses(self) -> dict[str, Tensor]:
-        return self.model.objective(self.step, {"x": self.images})
-
-    def loss(self) -> Tensor:
-        return sum(self.losses().values())
-
     def latents(self) -> tuple[Latent, Latent]:
         """Of the encoder, and of the blocks after it."""
         latent = self.model.objective.encode(self.images, self.mask)
@@ -84,14 +82,7 @@ def test_there_are_cases_with_shared_and_own_heads():
 
 
 def test_imported_weights_are_those_of_the_file_and_exported_again(case: BEiTv2Case):
-    state = case.model.objective.state_dict()
-    weights = case.group("param")
-    assert state.keys() == weights.keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
-    exported = OfficialCheckpoint().export_state(state)
-    official = named(case.tensors, "param")
-    assert all(torch.equal(exported[name], official[name]) for name in exported)
-    assert {name.rpartition(".")[2] for name in official.keys() - exported.keys()} <= {"relative_position_index"}
+    check_weights(case, OfficialCheckpoint(), computed=["relative_position_index"])
 
 
 def test_outputs_of_both_streams(case: BEiTv2Case):
@@ -163,15 +154,8 @@ def test_the_tokenizer_of_the_file_gives_its_token_ids(case: BEiTv2Case, tmp_pat
     assert not torch.equal(model.objective.heads["main"].target(step, Masked({"x": case.mask}, wrong)), ids)
 
 
-@torch.no_grad()
 def test_features_for_fine_tuning(case: BEiTv2Case):
-    encoder = case.model.objective.encoder.eval()
-    last = encoder.spec.depth - 1
-    nothing = Mask.none(len(case.images), encoder.spec.grid)
-    latent = encoder(case.images, nothing, Ask(layers=frozenset({last})))
-    assert relative(latent.prefix[:, 0], case.tensors["extra/finetune_cls"]) < OUTPUT_TOLERANCE
-    pooled = layer_norm(latent.layers[last][:, 1:].mean(1), (encoder.spec.dim,), eps=1e-6)  # a new norm
-    assert relative(pooled, case.tensors["extra/finetune_pooled"]) < OUTPUT_TOLERANCE
+    check_features_for_fine_tuning(case)
 
 
 FAULTS = ["norm eps", "tanh GELU", "late patches", "early class token", "normalised class token", "no bias", "no norm"]
@@ -218,27 +202,17 @@ def test_a_wrong_sum_of_the_losses_would_be_found(case: BEiTv2Case):
 @pytest.mark.parametrize("number", range(len(SCHEDULES["schedules"])))
 def test_learning_rate_of_every_iteration(number: int):
     official = SCHEDULES["schedules"][number]
-    setting, steps_per_epoch = official["setting"], official["setting"]["iters_per_epoch"]
-    warmup = setting["warmup_epochs"]
-    if warmup > 0 and setting["warmup_steps"] > 0:
-        warmup = setting["warmup_steps"] / steps_per_epoch
-    section = OptimSection(lr=setting["lr"], min_lr=setting["min_lr"], warmup_epochs=warmup, warmup_inclusive=True)
-    curve = section.lr_curve(total_batch_size=1)
-    rates = [
-        value_at(curve, epoch_of(index, steps_per_epoch), setting["epochs"], steps_per_epoch)
-        for index in range(setting["epochs"] * steps_per_epoch)
-    ]
+    setting = official["setting"]
+    section = OptimSection(
+        lr=setting["lr"], min_lr=setting["min_lr"], warmup_epochs=warmup_epochs(setting), warmup_inclusive=True
+    )
+    rates = curve_per_iteration(section.lr_curve(total_batch_size=1), setting)
     assert rates == pytest.approx(official["lr_per_iteration"], rel=1e-12)
 
 
 def test_decay_groups_are_exact(case: BEiTv2Case):
     official = SCHEDULES["pretrain_param_groups"]["beitv2_cls_pt"]
-    objective = case.model.objective
-    groups = parameter_groups(objective.named_parameters(), exempt_names(objective))
-    ours = {name: group["decay"] for group in groups for name in group["names"]}
     layout = OfficialCheckpoint()
     known = dict.fromkeys(layout.import_state(dict.fromkeys(official["weight_decay_keys"])), True)
     known |= dict.fromkeys(layout.import_state(dict.fromkeys(official["no_weight_decay"])), False)
-    compared = known.keys() & ours.keys()
-    assert len(compared) > 40
-    assert {name: ours[name] for name in compared} == {name: known[name] for name in compared}
+    check_known_decay_groups(case, known, at_least=40)

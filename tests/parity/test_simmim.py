@@ -16,6 +16,7 @@ from parity.harness import (
     cases,
     check_gradients,
     check_optimizer_steps,
+    check_weights,
     imported_case,
     named,
     read,
@@ -71,18 +72,9 @@ def test_there_are_cases():
 
 
 def test_imported_weights_are_those_of_the_file_and_exported_again(case: Case):
-    state = case.model.objective.state_dict()
-    weights = case.group("param")
-    assert state.keys() == weights.keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
-    layout = (
-        OfficialSwinCheckpoint() if isinstance(case.model.objective.encoder, SwinEncoder) else OfficialViTCheckpoint()
-    )
-    exported = layout.export_state(state)
-    official = named(case.tensors, "param")
-    assert all(torch.equal(exported[name], official[name]) for name in exported)
-    left_out = {name.rpartition(".")[2] for name in official.keys() - exported.keys()}
-    assert left_out <= {"relative_position_index", "attn_mask"}
+    is_swin = isinstance(case.model.objective.encoder, SwinEncoder)
+    layout = OfficialSwinCheckpoint() if is_swin else OfficialViTCheckpoint()
+    check_weights(case, layout, computed=["relative_position_index", "attn_mask"])
 
 
 def test_index_buffers_are_the_official_ones(case: Case):

@@ -14,20 +14,22 @@ from parity.harness import (
     Case,
     cases,
     check_gradients,
+    check_known_decay_groups,
     check_optimizer_steps,
+    curve_per_iteration,
     imported_case,
     named,
     read,
     read_json,
     relative,
+    warmup_epochs,
 )
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
-from mim_framework.build import exempt_names, make_step
-from mim_framework.optim import OptimSection, parameter_groups
+from mim_framework.build import make_step
+from mim_framework.optim import OptimSection
 from mim_framework.records import Ask, Mask, Masked, Step
-from mim_framework.schedule import epoch_of, value_at
 
 CASES = cases("vqkd_*.safetensors")
 SCHEDULES = read_json("beit_schedule.json")
@@ -57,16 +59,8 @@ class FeaturesOfFile(nn.Module):
         return self.features
 
 
-class VQKDCase(Case):
-    def losses(self) -> dict[str, Tensor]:
-        return self.model.objective(self.step, {"x": self.images})
-
-    def loss(self) -> Tensor:
-        return sum(self.losses().values())
-
-
 @pytest.fixture(params=CASES, ids=lambda path: path.stem)
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> VQKDCase:
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     tensors, metadata = read(request.param)
     config = metadata["config"]
     teacher = {"type": "vit", "patch_size": config["patch_size"], "embed_dim": config["decoder_out_dim"], "depth": 1}
@@ -81,7 +75,6 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> VQKDCase:
         },
         changes={"encoder": {"decay": config["decay"], "beta": config["beta"]}},
     )
-    case = VQKDCase(**vars(case))
     grid = case.model.specs.encoder.grid
     mask = Mask.none(config["batch_size"], grid)
     masked = Masked({"x": mask.predicting(~mask.hidden)}, {"x": case.images})
@@ -99,7 +92,7 @@ def test_there_are_cases():
     assert {path.stem for path in CASES} >= {"vqkd_a", "vqkd_b"}
 
 
-def test_imported_weights_are_those_of_the_file_and_exported_again(case: VQKDCase):
+def test_imported_weights_are_those_of_the_file_and_exported_again(case: Case):
     state = case.model.objective.state_dict()
     weights = case.group("param")
     assert state.keys() == weights.keys()
@@ -111,7 +104,7 @@ def test_imported_weights_are_those_of_the_file_and_exported_again(case: VQKDCas
     assert all(torch.equal(exported[name], official[name]) for name in official.keys() - set(UNUSED))
 
 
-def test_outputs(case: VQKDCase):
+def test_outputs(case: Case):
     encoder, decoder = case.model.objective.encoder, case.model.objective.heads["main"].decoder
     seen: dict[str, Tensor] = {}
     for side, vit in (("encoder", encoder.vit), ("decoder", decoder.vit)):
@@ -137,25 +130,25 @@ def test_outputs(case: VQKDCase):
     assert relative(pred.values, official["out/rec"]) < OUTPUT_TOLERANCE
 
 
-def test_losses(case: VQKDCase):
+def test_losses(case: Case):
     losses = case.losses()
     for name, official in (("main", "rec_loss"), ("commitment", "quant_loss")):
         assert losses[name].item() == pytest.approx(case.tensors[f"out/{official}"].item(), rel=OUTPUT_TOLERANCE)
     assert case.loss().item() == pytest.approx(case.tensors["out/loss"].item(), rel=OUTPUT_TOLERANCE)
 
 
-def test_gradients(case: VQKDCase):
+def test_gradients(case: Case):
     check_gradients(case)
 
 
-def test_optimizer_steps_move_the_codebook_too(case: VQKDCase):
+def test_optimizer_steps_move_the_codebook_too(case: Case):
     assert {"step1/quantize.embedding.weight", "step3/quantize.embedding.weight"} <= case.tensors.keys()
     check_optimizer_steps(case, weight_decay=1e-4)
     codes = case.model.objective.encoder.codebook.codes
     assert (codes - case.tensors["step3/quantize.embedding.weight"]).abs().max() < CODE_TOLERANCE
 
 
-def test_codebook_after_one_step(case: VQKDCase):
+def test_codebook_after_one_step(case: Case):
     encoder = case.model.objective.encoder
     before = encoder.codebook.codes.clone()
     assert torch.equal(before, case.tensors["out/codebook_before"])
@@ -170,7 +163,7 @@ def test_codebook_after_one_step(case: VQKDCase):
     assert torch.equal(encoder.codebook.codes[~used], before[~used])
 
 
-def test_nothing_moves_in_eval_mode(case: VQKDCase):
+def test_nothing_moves_in_eval_mode(case: Case):
     objective = case.model.objective.eval()
     before = {name: tensor.clone() for name, tensor in (*objective.named_buffers(), *objective.named_parameters())}
     latent = objective.encoder(case.images, case.mask, EVERYTHING)
@@ -200,7 +193,7 @@ def test_k_means(path: Path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("fault", ["norm eps", "tanh GELU", "no tanh", "off by one token", "images in [0, 1]"])
-def test_a_wrong_encoder_would_be_found(case: VQKDCase, fault: str):
+def test_a_wrong_encoder_would_be_found(case: Case, fault: str):
     encoder = case.model.objective.encoder
     images = case.images
     for module in encoder.modules():
@@ -220,7 +213,7 @@ def test_a_wrong_encoder_would_be_found(case: VQKDCase, fault: str):
 
 
 @pytest.mark.parametrize("fault", ["weighted by count", "sum of all", "no normalisation", "unused ones forgotten"])
-def test_a_wrong_update_of_the_codebook_would_be_found(case: VQKDCase, fault: str):
+def test_a_wrong_update_of_the_codebook_would_be_found(case: Case, fault: str):
     config, official = case.config, case.tensors
     before, ids = official["out/codebook_before"], official["out/token_ids"].flatten()
     vectors = normalize(official["out/to_quantizer"].flatten(2).transpose(1, 2), dim=-1).flatten(0, 1)
@@ -244,29 +237,17 @@ def test_a_wrong_update_of_the_codebook_would_be_found(case: VQKDCase, fault: st
 @pytest.mark.parametrize("number", range(len(SCHEDULES["schedules"])))
 def test_learning_rate_of_every_iteration(number: int):
     official = SCHEDULES["schedules"][number]
-    setting, steps_per_epoch = official["setting"], official["setting"]["iters_per_epoch"]
-    warmup = setting["warmup_epochs"]
-    if warmup > 0 and setting["warmup_steps"] > 0:
-        warmup = setting["warmup_steps"] / steps_per_epoch
+    setting = official["setting"]
     section = OptimSection(
-        base_lr=setting["lr"] / 4, lr_per_images=128, min_lr=setting["min_lr"], warmup_epochs=warmup,
+        base_lr=setting["lr"] / 4, lr_per_images=128, min_lr=setting["min_lr"], warmup_epochs=warmup_epochs(setting),
         warmup_inclusive=True,
     )  # fmt: skip
-    curve = section.lr_curve(total_batch_size=512)
-    rates = [
-        value_at(curve, epoch_of(index, steps_per_epoch), setting["epochs"], steps_per_epoch)
-        for index in range(setting["epochs"] * steps_per_epoch)
-    ]
+    rates = curve_per_iteration(section.lr_curve(total_batch_size=512), setting)
     assert rates == pytest.approx(official["lr_per_iteration"], rel=1e-12)
 
 
-def test_decay_groups_are_exact(case: VQKDCase):
+def test_decay_groups_are_exact(case: Case):
     official = SCHEDULES["pretrain_param_groups"]["vqkd"]
-    objective = case.model.objective
-    groups = parameter_groups(objective.named_parameters(), exempt_names(objective))
-    ours = {name: group["decay"] for group in groups for name in group["names"]}
     known = {our_name(name): True for name in official["weight_decay_keys"]}
     known |= {our_name(name): False for name in official["no_weight_decay"]}
-    compared = known.keys() & ours.keys()
-    assert len(compared) > 30
-    assert {name: ours[name] for name in compared} == {name: known[name] for name in compared}
+    check_known_decay_groups(case, known, at_least=30)
