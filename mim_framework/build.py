@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mim_framework.checkpoint import find_latest, load, load_weights
+from mim_framework.checkpoint import Checkpoint, find_latest, load, load_weights
 from mim_framework.components import (
     Component,
     Decoder,
@@ -70,6 +70,17 @@ class Model:
 class LoadedRun(Model):
     """A finished or stopped run: its model on `device`, and its data."""
 
+    source: Source
+    device: torch.device
+
+
+@dataclass
+class LoadedEncoder:
+    """The encoder of a finished or stopped run on `device`, and what it looks at; nothing else of the run is built."""
+
+    recipe: Recipe
+    views: ViewBuilder
+    encoder: Encoder
     source: Source
     device: torch.device
 
@@ -133,25 +144,22 @@ class _Builder:
 
     def build(self, with_weights: bool) -> Model:
         recipe = self.recipe
-        views: ViewBuilder = self.make("views", "views", recipe.views)
+        views = self.build_views()
         if recipe.data.tokens is not None:
-            cache = TokenCache(Path(recipe.data.tokens), verify=with_weights)
+            cache = TokenCache(Path(recipe.data.tokens))
             cache.check(views_of=decides_pixels(recipe), seed=recipe.seed)
             views = CachedTokenViews(views, cache)
-        self.publish(views=dict(views.specs))
+            self.publish(views=dict(views.specs))
 
+        encoder = self.build_encoder()
         sections = recipe.named_teachers()
         teachers = Teachers(sections)
-        with torch.random.fork_rng(devices=[]):  # the model begins with the same weights, whatever teachers it has
+        with torch.random.fork_rng(devices=[]):  # the rest begins with the same weights, whatever teachers there are
             for name, section in sections.items():
                 if not section.copy_of:
                     self.build_frozen(teachers, name, section, with_weights)
-
-        encoder: Encoder = self.make("encoder", "encoder", recipe.encoder, self.specs)
         if with_weights:
-            with self.slot("encoder", recipe.encoder.type):
-                encoder.load_published()
-        self.publish(encoder=encoder.spec)
+            self.load_published("encoder", encoder)
         masker: Masker = self.make("masker", "masker", recipe.masker, self.specs)
         self.publish(masker=masker.spec)
         self.check_masker(masker, encoder)
@@ -180,6 +188,20 @@ class _Builder:
                 teachers.declare(component.teacher_asks())
         return Model(recipe, views, objective, teachers, self.specs)
 
+    def build_views(self) -> ViewBuilder:
+        views: ViewBuilder = self.make("views", "views", self.recipe.views)
+        self.publish(views=dict(views.specs))
+        return views
+
+    def build_encoder(self) -> Encoder:
+        encoder: Encoder = self.make("encoder", "encoder", self.recipe.encoder, self.specs)
+        self.publish(encoder=encoder.spec)
+        return encoder
+
+    def load_published(self, where: str, encoder: Encoder) -> None:
+        with self.slot(where, encoder.name):
+            encoder.load_published()
+
     def build_frozen(self, teachers: Teachers, name: str, section: TeacherSection, with_weights: bool) -> None:
         """A frozen encoder sees its view as "x", in the normalisation it was trained in."""
         where = f"teachers.{name}" if name in self.recipe.teachers else name
@@ -197,14 +219,15 @@ class _Builder:
         if given.kind != "image":
             raise self.misfit(f"{where}.view", f"view '{view_name}' holds {given.kind}, a teacher looks at images")
         expected = given if mean is None else replace(given, mean=mean, std=std)
-        specs = replace(self.specs, views={**self.specs.views, "x": replace(expected, name="x")})
+        specs = Specs(views={**self.specs.views, "x": replace(expected, name="x")})
         place = f"{where}.encoder" if section.encoder is not None else where
-        teacher: Encoder = self.make("encoder", place, choice, specs)
+        cls, config = self.registry.resolve("encoder", choice)
+        with self.slot(place, choice.type):
+            teacher: Encoder = cls(config, specs)
         if mean is None and teacher.spec.mean is not None:
             mean, std = teacher.spec.mean, teacher.spec.std
         if with_weights:
-            with self.slot(place, choice.type):
-                teacher.load_published()
+            self.load_published(place, teacher)
         if with_weights and path is not None:
             missing = load_into(teacher, path, prefix="encoder.")
             if missing:
@@ -385,11 +408,7 @@ def load_into(module: nn.Module, path: Path, prefix: str = "") -> list[str]:
         CheckpointError: if no name fits, a shape differs, or the file holds names that the module lacks.
     """
     weights = load_weights(path)
-    if prefix:
-        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        if not weights:
-            raise CheckpointError(f"{path}: no name starting with '{prefix}'")
-    return load_tensors(module, weights, path)
+    return load_tensors(module, _part(weights, prefix, path) if prefix else weights, path)
 
 
 def load_tensors(module: nn.Module, weights: dict[str, Tensor], path: Path) -> list[str]:
@@ -408,10 +427,32 @@ def load_tensors(module: nn.Module, weights: dict[str, Tensor], path: Path) -> l
     return sorted(own.keys() - weights.keys())
 
 
-def load_run(
-    run_dir: Path, *, checkpoint: Path | None = None, trained: bool = True, registry: Registry | None = None
-) -> LoadedRun:
+def load_run(run_dir: Path, *, checkpoint: Path | None = None, registry: Registry | None = None) -> LoadedRun:
     """The model of a run directory with the weights of a checkpoint, on the recipe's device if this machine has it.
+
+    Args:
+        checkpoint: by default the newest whole one of the run.
+
+    Raises:
+        RecipeError: if the directory holds no run.
+        CheckpointError: if there is no whole checkpoint, or it does not fit.
+    """
+    registry = registry or Registry()
+    recipe, device = _recipe_of_run(run_dir, registry)
+    # A frozen teacher's weights are where the recipe says; those of the model are in the checkpoint.
+    model = build_model(recipe.model_copy(update={"init": None}), registry)
+    found = _checkpoint_of_run(run_dir, checkpoint)
+    load_tensors(model.objective, found.tensors("model"), found.path)
+    load_tensors(model.teachers.moving(), found.tensors("teachers"), found.path)
+    source = build_source(recipe, registry)
+    model.to(device)
+    return LoadedRun(recipe, model.views, model.objective, model.teachers, model.specs, source, device)
+
+
+def load_encoder(
+    run_dir: Path, *, checkpoint: Path | None = None, trained: bool = True, registry: Registry | None = None
+) -> LoadedEncoder:
+    """Only the encoder of a run directory, for which neither teachers nor stored tokens are needed.
 
     Args:
         checkpoint: by default the newest whole one of the run.
@@ -419,9 +460,27 @@ def load_run(
 
     Raises:
         RecipeError: if the directory holds no run.
-        CheckpointError: if there is no whole checkpoint, or it does not fit.
+        CheckpointError: if there is no whole checkpoint, its model has no part named `encoder`, or it does not fit.
     """
     registry = registry or Registry()
+    recipe, device = _recipe_of_run(run_dir, registry)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        builder = _Builder(recipe, registry)
+        views, encoder = builder.build_views(), builder.build_encoder()
+    if trained:
+        found = _checkpoint_of_run(run_dir, checkpoint)
+        weights = _part(found.tensors("model"), "encoder.", found.path)
+        if lacking := load_tensors(encoder, weights, found.path):
+            raise CheckpointError(f"{found.path} lacks {_some(lacking)} of encoder '{encoder.name}'")
+    else:
+        builder.load_published("encoder", encoder)
+        if recipe.init is not None:
+            load_into(encoder, Path(recipe.init), prefix="encoder.")
+    return LoadedEncoder(recipe, views, encoder.to(device), build_source(recipe, registry), device)
+
+
+def _recipe_of_run(run_dir: Path, registry: Registry) -> tuple[Recipe, torch.device]:
     file = run_dir / "recipe.yaml"
     if not file.is_file():
         raise RecipeError(f"{run_dir} is no run directory: it has no recipe.yaml")
@@ -431,17 +490,22 @@ def load_run(
     except MimError:  # trained elsewhere
         device = choose_device("auto")
         logger.warning(f"{run_dir} was trained on {recipe.train.device}, which is not here; using {device.type}")
-    # A frozen teacher's weights are where the recipe says; those of the model are in the checkpoint.
-    model = build_model(recipe.model_copy(update={"init": None}) if trained else recipe, registry)
-    if trained:
-        found = load(checkpoint) if checkpoint else find_latest(run_dir / "checkpoints")
-        if found is None:
-            raise CheckpointError(f"{run_dir} holds no checkpoint yet")
-        load_tensors(model.objective, found.tensors("model"), found.path)
-        load_tensors(model.teachers.moving(), found.tensors("teachers"), found.path)
-    source = build_source(recipe, registry)
-    model.to(device)
-    return LoadedRun(recipe, model.views, model.objective, model.teachers, model.specs, source, device)
+    return recipe, device
+
+
+def _checkpoint_of_run(run_dir: Path, named: Path | None) -> Checkpoint:
+    found = load(named) if named else find_latest(run_dir / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{run_dir} holds no checkpoint yet")
+    return found
+
+
+def _part(weights: dict[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    part = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    if not part:
+        raise CheckpointError(f"{path}: no name starting with '{prefix}'")
+    return part
 
 
 def _some(names: list[str], limit: int = 5) -> str:

@@ -44,7 +44,7 @@ API_VERSION = "1"
 class Specs:
     """What has been built so far, read by the components that are built next.
 
-    Build order: views, frozen teachers, encoder, masker, target, decoder, loss. An entry that is not built yet is None.
+    Build order: views, encoder, frozen teachers, masker, target, decoder, loss. An entry that is not built yet is None.
     """
 
     views: dict[str, ViewSpec] = field(default_factory=dict)
@@ -159,7 +159,8 @@ class Masker(Component):
     spec: MaskerSpec
 
     @abstractmethod
-    def forward(self, step: Step, views: Views) -> Masked: ...
+    def forward(self, step: Step, views: Views) -> Masked:
+        """The masks of the views in `spec.views`, by name, and the views. All randomness is `step.rand`."""
 
 
 class Encoder(Component):
@@ -172,7 +173,8 @@ class Encoder(Component):
     spec: EncoderSpec
 
     @abstractmethod
-    def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent: ...
+    def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent:
+        """view (B, *shape of its spec) -> tokens, and what `ask` wants besides."""
 
     def load_published(self) -> None:
         """Load the weights that options name and that somebody else has published.
@@ -196,7 +198,8 @@ class Target(Component):
     spec: TargetSpec
 
     @abstractmethod
-    def forward(self, step: Step, masked: Masked) -> Tensor | Pred | dict[str, Any]: ...
+    def forward(self, step: Step, masked: Masked) -> Tensor | Pred | dict[str, Any]:
+        """What `spec` promises: (B, N, dim) vectors, (B, N) ids; a dictionary only for losses that know it."""
 
     def reconstruct(self, pred: Pred, mask: Mask, view: Tensor) -> Tensor | None:
         """A picture of a prediction, (B, C, H, W) in the scale of `view`, or None if the target is not an image.
@@ -223,7 +226,8 @@ class Decoder(Component):
     """True if it predicts every image from mixed ones (`Mask.partner`); it then takes no others."""
 
     @abstractmethod
-    def forward(self, latent: Latent, mask: Mask) -> Pred | dict[str, Any]: ...
+    def forward(self, latent: Latent, mask: Mask) -> Pred | dict[str, Any]:
+        """The prediction on the grid of `spec`, at every position or at `mask.at(grid).ids_predict` only."""
 
 
 class Loss(Component):
@@ -235,7 +239,8 @@ class Loss(Component):
     """Kinds of target that make sense; anything else is refused when the recipe is checked."""
 
     @abstractmethod
-    def forward(self, pred: Pred | Any, target: Tensor | Pred | Any, mask: Mask, latent: Latent) -> Tensor: ...
+    def forward(self, pred: Pred | Any, target: Tensor | Pred | Any, mask: Mask, latent: Latent) -> Tensor:
+        """A scalar, over the positions `mask.at(pred.grid).where`; `pred` and `target` may hold only these."""
 
 
 class Head(nn.Module):
@@ -354,7 +359,8 @@ class Source:
         self.config = config
 
     @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """The number of samples."""
 
     @abstractmethod
     def read(self, index: int) -> Sample:

@@ -13,7 +13,10 @@ from mim_framework.records import Ask, Latent, Mask, Masked, Step, Views
 
 
 class MaskedPrediction(Objective):
-    """Mask, encode, then for every head: target, decode, loss. What most of the field does."""
+    """Mask, the targets of all heads, encode, then for every head: decode, loss. What most of the field does.
+
+    Targets come first: what teachers need for them is free again before the encoder keeps its activations.
+    """
 
     name = "masked_prediction"
 
@@ -26,13 +29,13 @@ class MaskedPrediction(Objective):
 
     def forward(self, step: Step, views: Views) -> dict[str, Tensor]:
         masked = self.masker(step, views)
+        targets = {name: head.target(step, masked) for name, head in self.heads.items()}
         mask = masked.masks["x"]
         latent = self.encode(masked.views["x"], mask)
         losses = self.losses_beside_heads(masked, latent)
         for name, head in self.heads.items():
-            target = head.target(step, masked)
             pred = head.decoder(latent, mask)
-            losses[name] = step.value(head.weight) * head.loss(pred, target, mask, latent)
+            losses[name] = step.value(head.weight) * head.loss(pred, targets[name], mask, latent)
         return losses
 
     def encode(self, view: Tensor, mask: Mask) -> Latent:

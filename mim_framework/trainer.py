@@ -77,6 +77,7 @@ class Trainer:
         model = build_model(recipe, registry).to(device)
         if isinstance(model.views, CachedTokenViews):
             model.views.cache.check_images(len(source))
+            world.on_main(model.views.cache.verify)
         preflight(model, device)
         self.run = Run(directory, recipe, world, device, model, source, layout, *run_length(recipe, len(source)))
         self.objective, self.teachers = model.objective, model.teachers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from mim_framework.build import build_model, make_step, preflight
 from mim_framework.components import Encoder
 from mim_framework.data.tokens import TokenCache
 from mim_framework.errors import DataError, MimError, RecipeError
+from mim_framework.evaluate.knn import KNNSection
+from mim_framework.evaluate.run import evaluate_run
 from mim_framework.functional import Renormalize, patchify
 from mim_framework.metrics import read_metrics
 from mim_framework.recipe import load_recipe
@@ -286,7 +289,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path, stage_one: Path, tokens: Path):
     (copy / "ids.npy").write_bytes(content)
     (copy / "tokens.json").write_bytes((tokens / "tokens.json").read_bytes())
     with pytest.raises(DataError, match=r"ids.npy is damaged"):
-        TokenCache(copy)
+        train(short(tmp_path, stage_one, f"data.tokens={copy}"), REGISTRY)
 
 
 def test_ids_without_fixed_views_or_a_target_are_refused(tmp_path: Path, stage_one: Path):
@@ -313,3 +316,14 @@ def test_images_that_cannot_be_read_have_no_ids_and_are_replaced(tmp_path: Path,
     stored = short(tmp_path, stage_one, source, "train.total_batch_size=6", "train.steps=4", "name=stored",
                    f"data.tokens={tmp_path / 'ids'}")  # fmt: skip
     assert losses_of(train(stored, REGISTRY)) == online
+
+
+def test_knn_of_a_second_stage_needs_neither_tokenizer_nor_stored_ids(tmp_path: Path, stage_one: Path, tokens: Path):
+    moved = shutil.copytree(stage_one, tmp_path / "one")
+    ids = shutil.copytree(tokens, tmp_path / "ids")
+    run_dir = train(short(tmp_path, moved, f"data.tokens={ids}"), REGISTRY)
+    before = evaluate_run(run_dir, registry=REGISTRY, section=KNNSection())
+    shutil.rmtree(moved)
+    shutil.rmtree(ids)
+    assert evaluate_run(run_dir, registry=REGISTRY, section=KNNSection()) == before
+    assert before["trained"] != before["untrained"]

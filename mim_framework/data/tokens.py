@@ -108,11 +108,10 @@ class TokenCache:
     """A folder that `mim tokenize` wrote.
 
     Raises:
-        DataError: if it is none, is not whole, or does not belong to what a recipe reads (`check`).
+        DataError: if it is none, or is not whole.
     """
 
-    def __init__(self, folder: Path, *, verify: bool = True) -> None:
-        """`verify` reads the whole file once, and compares its hash."""
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
             stored = json.loads((folder / FACTS).read_text())
@@ -127,8 +126,15 @@ class TokenCache:
         found = (self._ids.shape, self._ids.dtype)
         if found != (self.facts.shape, self.facts.dtype):
             raise DataError(f"data.tokens {folder}: ids of {found[0]} {found[1]}, {FACTS} says {self.facts.shape}")
-        if verify and _sha256(folder / IDS) != self.facts.sha256:
-            raise DataError(f"data.tokens {folder}: {IDS} is damaged, its hash is not the one in {FACTS}")
+
+    def verify(self) -> None:
+        """Read the whole file and compare its hash.
+
+        Raises:
+            DataError: if it is damaged.
+        """
+        if _sha256(self.folder / IDS) != self.facts.sha256:
+            raise DataError(f"data.tokens {self.folder}: {IDS} is damaged, its hash is not the one in {FACTS}")
 
     def check(self, *, views_of: dict[str, Any], seed: int) -> None:
         """Whether a recipe reads the very same views.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mim_framework.build import load_run
-from mim_framework.errors import DataError, MimError
+from mim_framework.build import load_encoder
+from mim_framework.errors import DataError
 from mim_framework.evaluate.knn import KNNSection, knn_top1, online_knn, raw_pixels
 from mim_framework.plugins import Registry
 
@@ -25,14 +25,9 @@ def evaluate_run(
 
     Raises:
         DataError: if the run's source has no labelled images.
-        MimError: if the run's objective has no encoder.
-        CheckpointError: if there is no whole checkpoint.
+        CheckpointError: if there is no whole checkpoint, or its model has no part named `encoder`.
     """
-    run = load_run(run_dir, checkpoint=checkpoint, registry=registry)
-    if not hasattr(run.objective, "encoder"):
-        raise MimError(
-            f"{run_dir}: objective '{run.objective.name}' keeps no part named 'encoder' that kNN could judge"
-        )
+    run = load_encoder(run_dir, checkpoint=checkpoint, registry=registry)
     sources = run.source.evaluation_sources()
     if sources is None:
         raise DataError(
@@ -41,9 +36,9 @@ def evaluate_run(
         )
     section = section or run.recipe.evaluate.knn or KNNSection()
     workers = run.recipe.data.num_workers
-    untrained = load_run(run_dir, trained=False, registry=registry).objective.encoder
+    untrained = load_encoder(run_dir, trained=False, registry=registry).encoder
     return {
         "raw_pixels": knn_top1(raw_pixels(run.views), run.views, sources, section, run.device, workers=workers),
         "untrained": online_knn(untrained, run.views, sources, section, run.device, workers=workers),
-        "trained": online_knn(run.objective.encoder, run.views, sources, section, run.device, workers=workers),
+        "trained": online_knn(run.encoder, run.views, sources, section, run.device, workers=workers),
     }

@@ -10,8 +10,9 @@ import torch
 
 from mim_framework import rng
 from mim_framework.build import load_run
+from mim_framework.checkpoint import find_latest, save_checkpoint
 from mim_framework.distributed import World
-from mim_framework.errors import DataError, MimError
+from mim_framework.errors import CheckpointError, DataError
 from mim_framework.evaluate import knn
 from mim_framework.evaluate.knn import (
     KNNSection,
@@ -231,14 +232,10 @@ def test_a_run_without_labels_is_told_how_to_have_them(make_run, registry):
         evaluate_run(make_run(labels=False), registry=registry)
 
 
-def test_a_run_whose_objective_keeps_no_encoder_is_refused(make_run, registry, monkeypatch):
-    def without_encoder(*arguments, **options):
-        run = load_run(*arguments, **options)
-        del run.objective.encoder
-        return run
-
-    monkeypatch.setattr("mim_framework.evaluate.run.load_run", without_encoder)
-    with pytest.raises(
-        MimError, match="objective 'masked_prediction' keeps no part named 'encoder' that kNN could judge"
-    ):
-        evaluate_run(make_run(), registry=registry)
+def test_a_run_whose_model_has_no_encoder_is_refused(make_run, registry):
+    run_dir = make_run()
+    found = find_latest(run_dir / "checkpoints")
+    renamed = {name.replace("encoder.", "student."): tensor for name, tensor in found.tensors("model").items()}
+    save_checkpoint(run_dir / "checkpoints", found.step + 1, {"model": renamed}, found.state)
+    with pytest.raises(CheckpointError, match=r"step_\d+: no name starting with 'encoder\.'"):
+        evaluate_run(run_dir, registry=registry)

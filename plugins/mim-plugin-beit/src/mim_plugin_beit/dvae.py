@@ -124,12 +124,12 @@ class Bottleneck(nn.Module):
         self.id_path = nn.Identity() if in_dim == out_dim else Convolution(in_dim, out_dim, 1)
         self.res_path = nn.Sequential()
         for i, kernel_size in enumerate(kernel_sizes):
-            self.res_path.add_module(f"relu_{i + 1}", nn.ReLU())
+            self.res_path.add_module(f"relu_{i + 1}", nn.ReLU(inplace=i > 0))  # the first one's input is needed again
             self.res_path.add_module(f"conv_{i + 1}", Convolution(widths[i], widths[i + 1], kernel_size))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, D, h, w) -> (B, out_dim, h, w); the residual stream keeps its precision under autocast."""
-        return self.id_path(x).to(x.dtype) + self.scale * self.res_path(x)
+        return self.id_path(x).to(x.dtype).add(self.res_path(x), alpha=self.scale)
 
 
 def build_groups(

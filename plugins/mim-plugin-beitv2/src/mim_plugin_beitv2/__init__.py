@@ -81,12 +81,13 @@ class PatchAggregation(MaskedPrediction):
 
     def forward(self, step: Step, views: Views) -> dict[str, Tensor]:
         masked = self.masker(step, views)
+        targets = {name: head.target(step, masked) for name, head in self.heads.items()}
         mask = masked.masks["x"]
         latent = self.encode(masked.views["x"], mask)
         aggregated = self.aggregate(latent)
         losses = self.losses_beside_heads(masked, latent)
         for name, head in self.heads.items():
-            target, weight = head.target(step, masked), step.value(head.weight)
+            target, weight = targets[name], step.value(head.weight)
             decoder = head.decoder if self.config.shared_head else self.cls_decoders[name]
             second = head.loss(decoder(aggregated, mask), target, mask, aggregated)
             self.note(f"{name}_cls", head)
