@@ -176,7 +176,13 @@ def check(settings: Settings, recipe: str, overrides: tuple[str, ...], world_siz
 @main.command()
 @RECIPE
 @OVERRIDES
-@click.option("--data", type=click.Choice(["synthetic", "real", "loader-only"]), default="synthetic", show_default=True)
+@click.option(
+    "--data",
+    type=click.Choice(["synthetic", "real", "loader-only"]),
+    default="synthetic",
+    show_default=True,
+    help="Made-up images on the device, the recipe's own, or its loader without a model.",
+)
 @click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps to measure.")
 @click.pass_obj
 def bench(settings: Settings, recipe: str, overrides: tuple[str, ...], data: str, steps: int) -> None:
@@ -206,7 +212,7 @@ def tokenize(settings: Settings, recipe: str, overrides: tuple[str, ...], output
 
 @main.group()
 def plugins() -> None:
-    """What is installed."""
+    """What is installed, and a new one of your own."""
 
 
 @plugins.command("list")
@@ -220,7 +226,7 @@ def list_plugins(settings: Settings, load: bool) -> None:
     for info in registry.plugins():
         click.echo(f"{info.name} {info.version} ({info.distribution})")
         names: dict[str, list[str]] = {}
-        for component in registry.components(info.name):
+        for component in info.components if info.error else registry.components(info.name):
             names.setdefault(component.kind, []).append(component.name)
         for kind in sorted(info.unread - names.keys()) if not load else ():
             names[kind] = ["(known when loaded)"]
@@ -229,7 +235,7 @@ def list_plugins(settings: Settings, load: bool) -> None:
         for kind, found in names.items():
             if found:
                 click.echo(f"  {kind}: {', '.join(found)}")
-        if fault := failures.get(info.name) or info.error:
+        if fault := info.error or failures.get(info.name):
             click.echo(f"  cannot be used: {fault}")
 
 
@@ -244,7 +250,7 @@ def show_plugin(settings: Settings, name: str, load: bool) -> None:
     if load:
         registry.load(info.name)
     click.echo(f"{info.name} {info.version}\npackage: {info.distribution}\nmodule: {info.module}")
-    for component in registry.components(info.name):
+    for component in info.components if info.error else registry.components(info.name):
         click.echo(f"{component.kind} {component.name}: {component.summary}")
     for recipe in registry.recipes():
         if recipe.plugin == info.name:
@@ -253,6 +259,25 @@ def show_plugin(settings: Settings, name: str, load: bool) -> None:
         click.echo(f"listens to {event}")
     if info.error:
         click.echo(f"cannot be used: {info.error}")
+
+
+@plugins.command("new")
+@click.argument("name")
+@click.option(
+    "--output",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=".",
+    help="Folder to write it in; this one by default.",
+)
+@click.pass_obj
+def new_plugin(settings: Settings, name: str, output: Path) -> None:
+    """Write a plugin of your own, mim-plugin-NAME: a small method that trains, with its tests, to be changed."""
+    from mim_framework import scaffold
+
+    folder = scaffold.new_plugin(name, output, settings.registry)
+    click.echo(f"{folder} is a plugin that works; change it. Next:")
+    for command in scaffold.next_commands(folder):
+        click.echo(f"  {command}")
 
 
 @main.group()

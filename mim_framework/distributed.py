@@ -37,6 +37,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """True on the rank that writes files."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ class Renormalize(nn.Module):
         self.register_buffer("shift", shift, persistent=False)
 
     def forward(self, view: Tensor) -> Tensor:
+        """view (B, C, H, W) -> the same images in the other normalisation."""
         return view if self.scale is None else view * self.scale + self.shift
 
 

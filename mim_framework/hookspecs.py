@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PROJECT = "mim_framework"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Decorator of a plugin's functions: each implements the hook of its name."""
 
 HOOK_OF_KIND = {
     "masker": "mim_maskers",

@@ -11,9 +11,11 @@ import os
 import random
 import re
 import sys
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 GROUP = "mim_framework"
 BUILTINS = "builtins"
+SLOW_IMPORT_SECONDS = 5.0
+"""A plugin whose import takes longer is named on stderr."""
 KNOWN_METHODS = {
     "maskfeat": "mim-plugin-maskfeat",
     "mixmim": "mim-plugin-mixmim",
@@ -178,7 +182,7 @@ class Registry:
     def find(self, kind: str, name: str) -> type[Any]:
         """The class of the component `name` (or `plugin:name`) of a kind such as "masker".
 
-        Imports the plugins whose source offers the name, and those whose source cannot tell.
+        Imports the plugins whose source offers the name; if there are none, those whose source cannot tell.
 
         Raises:
             UnknownName: if no plugin offers it; with the nearest name, the installed ones, and what to install.
@@ -186,29 +190,22 @@ class Registry:
         """
         owner, _, short = name.rpartition(":")
         candidates = [self.plugin(owner)] if owner else self.plugins()
-        found: dict[str, type] = {}
+        found, failed = self._load_offers(kind, short, [info for info in candidates if info.offers(kind, short)])
         doubtful: list[PluginError] = []
-        for info in candidates:
-            offers = info.offers(kind, short)
-            if not offers and kind not in info.unread and not (info.error and not info.components):
-                continue
-            try:
-                self.load(info.name)
-            except PluginError as error:
-                if offers or owner:
-                    raise
-                doubtful.append(error)
-                continue
-            for cls in self._classes[info.name].get(kind, ()):
-                if cls.name == short:
-                    found[info.name] = cls
+        if not found and not failed:
+            unclear = [info for info in candidates if kind in info.unread or (info.error and not info.components)]
+            found, doubtful = self._load_offers(kind, short, unclear)
         if len(found) > 1:
             packages = " and ".join(f"'{plugin}' ({self.plugin(plugin).distribution})" for plugin in found)
             choices = " or ".join(f"'{plugin}:{short}'" for plugin in found)
-            raise PluginError(f"{kind} '{short}' is offered by the plugins {packages}; choose with type: {choices}")
-        if not found:
-            raise self._unknown(kind, name, doubtful)
-        return next(iter(found.values()))
+            text = f"{kind} '{short}' is offered by the plugins {packages}; choose with type: {choices}"
+            leave = next(plugin for plugin in reversed(found) if plugin != BUILTINS)
+            raise PluginError(f"{text}, or leave one out, for example with MIM_DISABLE_PLUGINS={leave}")
+        if found:
+            return next(iter(found.values()))
+        if failed or (owner and doubtful):
+            raise (failed + doubtful)[0]
+        raise self._unknown(kind, name, doubtful)
 
     def resolve(self, kind: str, choice: Choice) -> tuple[type[Any], Section]:
         """The class that a recipe chose, and its options as an instance of the class's `Config`.
@@ -259,12 +256,16 @@ class Registry:
             try:
                 if info.error:
                     raise PluginError(info.error)
-                module = _import(info)
-                self._classes[name] = _registered(info, module)
+                with _generators_kept() as moved, _told_if_slow(info):
+                    module = _import(info)
+                    classes = _registered(info, module)
             except PluginError as error:
                 self._failures[name] = error
             else:
+                self._classes[name] = classes
                 self._manager.register(module, name=name)
+                if moved:
+                    warnings.warn(_moved_fault(info, moved), RuntimeWarning, stacklevel=2)
                 return
         raise self._failures[name]
 
@@ -294,6 +295,23 @@ class Registry:
         return self._manager.hook
 
     # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _load_offers(
+        self, kind: str, name: str, infos: list[PluginInfo]
+    ) -> tuple[dict[str, type[Any]], list[PluginError]]:
+        """Loads plugins; the components of that name by plugin, and the errors of plugins that cannot be used."""
+        found: dict[str, type] = {}
+        failed: list[PluginError] = []
+        for info in infos:
+            try:
+                self.load(info.name)
+            except PluginError as error:
+                failed.append(error)
+            else:
+                offered = [cls for cls in self._classes[info.name].get(kind, ()) if cls.name == name]
+                if offered:
+                    found[info.name] = offered[0]
+        return found, failed
 
     @cached_property
     def _enabled(self) -> list[PluginInfo]:
@@ -440,9 +458,61 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
+@contextmanager
+def _told_if_slow(info: PluginInfo) -> Iterator[None]:
+    """Says on stderr which plugin is being imported if that takes long, for it may never end."""
+
+    def tell() -> None:
+        text = f"plugin '{info.name}' ({info.distribution}) has been importing for {SLOW_IMPORT_SECONDS:g} s"
+        cure = f"to go without it, stop with Ctrl-C and set MIM_DISABLE_PLUGINS={info.name}"
+        print(f"mim: {text}; {cure}", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(SLOW_IMPORT_SECONDS, tell)
+    timer.daemon = True
+    if info.name != BUILTINS:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if timer.is_alive():
+            timer.join()  # a fork must not find its thread
+
+
+@contextmanager
+def _generators_kept() -> Iterator[list[str]]:
+    """Puts the global random generators back in the end; the list then holds the libraries whose generator had moved.
+
+    A run must not depend on which plugins are imported, and when.
+    """
+    import numpy as np
+    import torch
+
+    moved: list[str] = []
+    python, numpy, generator = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield moved
+    finally:
+        if random.getstate() != python:
+            moved.append("python")
+            random.setstate(python)
+        if not all(map(np.array_equal, np.random.get_state(), numpy)):  # noqa: NPY002
+            moved.append("numpy")
+            np.random.set_state(numpy)  # noqa: NPY002
+        if not torch.equal(torch.get_rng_state(), generator):
+            moved.append("torch")
+            torch.set_rng_state(generator)
+
+
+def _moved_fault(info: PluginInfo, moved: list[str]) -> str:
+    what = f"its import moves the global random generator of {' and '.join(moved)}"
+    note = "the generator is put back, but what the plugin drew does not follow from the run's seed"
+    cure = f"pip install --upgrade {info.distribution}"
+    return _fault(info.name, info.distribution, f"{what}; {note}", cure)
+
+
 def _import(info: PluginInfo) -> ModuleType:
-    """Import a plugin's module; warns if that draws random numbers."""
-    before = _generator_states()
+    """Import a plugin's module."""
     try:
         module = importlib.import_module(info.module)
     except ModuleNotFoundError as error:
@@ -454,23 +524,9 @@ def _import(info: PluginInfo) -> ModuleType:
         what = f"import failed with {type(error).__name__}: {error}"
         cure = f"pip install --upgrade {info.distribution}"
         raise PluginError(_fault(info.name, info.distribution, what, cure)) from error
-    if drawn := [name for name, state in _generator_states().items() if name in before and before[name] != state]:
-        text = f"plugin '{info.name}' ({info.distribution}) moves the global random generator of {' and '.join(drawn)}"
-        warnings.warn(f"{text} on import; runs then depend on what is installed", RuntimeWarning, stacklevel=3)
     if fault := _api_fault(info.name, info.distribution, vars(module).get("requires_api")):
         raise PluginError(fault)
     return module
-
-
-def _generator_states() -> dict[str, Any]:
-    """States of the global generators of the libraries that are imported already."""
-    states: dict[str, Any] = {"python": random.getstate()}
-    if "numpy" in sys.modules:
-        kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        states["numpy"] = (kind, keys.tobytes(), *rest)
-    if "torch" in sys.modules:
-        states["torch"] = sys.modules["torch"].get_rng_state().numpy().tobytes()
-    return states
 
 
 def _new_manager() -> pluggy.PluginManager:

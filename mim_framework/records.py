@@ -34,6 +34,7 @@ class Grid:
 
     @property
     def num_patches(self) -> int:
+        """The number of positions."""
         return prod(self.shape)
 
     def __str__(self) -> str:
@@ -379,12 +380,13 @@ class ViewSpec:
     """A view: `shape` of one sample, (C, H, W) for images.
 
     `mean` and `std` of each channel, if images in [0, 1] were normalised by them; `unit_range` takes that back.
-    A view of kind `ids` holds token ids (N,), of `num_classes` classes, on `grid`.
+    A view of kind `ids` holds token ids (N,), of `num_classes` classes, on `grid`. A plugin may have a kind of its own,
+    such as `points`, for its own components; those that look at images refuse it.
     """
 
     name: str
     shape: tuple[int, ...]
-    kind: Literal["image", "ids"] = "image"
+    kind: str = "image"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     grid: Grid | None = None
@@ -392,11 +394,27 @@ class ViewSpec:
 
     @property
     def in_chans(self) -> int:
-        return self.shape[0]
+        """Channels.
+
+        Raises:
+            ValueError: if the view does not hold images.
+        """
+        return self._image_shape[0]
 
     @property
     def img_size(self) -> tuple[int, int]:
-        return self.shape[1], self.shape[2]
+        """Height and width.
+
+        Raises:
+            ValueError: if the view does not hold images.
+        """
+        return self._image_shape[1], self._image_shape[2]
+
+    @property
+    def _image_shape(self) -> tuple[int, ...]:
+        if self.kind != "image":
+            raise ValueError(f"view '{self.name}' holds {self.kind}, images are needed")
+        return self.shape
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clean_install import build_wheels, clean_environment
 
 torch.set_num_threads(1)  # so that tests can fork ranks: OpenMP threads do not survive a fork
 
@@ -23,6 +24,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Wheels of the core and all plugins, by package name with `_`."""
+    return build_wheels(tmp_path_factory.mktemp("wheels"))
+
+
+@pytest.fixture
+def clean(tmp_path: Path) -> Path:
+    """A new environment without any package of ours, but with what they need."""
+    return clean_environment(tmp_path)
 
 
 @pytest.fixture

@@ -13,7 +13,9 @@ from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("plugins/*/README.md"), *ROOT.glob("*/README.md")]
+DOCUMENTS = [
+    path for pattern in ("*.md", "*/README.md", "plugins/*/README.md", "docs/*.md") for path in ROOT.glob(pattern)
+]
 PAGES = "\n".join(path.read_text() for path in DOCUMENTS)
 
 

@@ -3,56 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
-import sysconfig
-import venv
-from pathlib import Path
 
 import pytest
+from clean_install import PLUGINS, ROOT, call, install
 
 from mim_framework.distributed import free_port
 
-ROOT = Path(__file__).parents[1]
-PLUGINS = sorted((ROOT / "plugins").glob("mim-plugin-*"))
 pytestmark = pytest.mark.slow
 TINY = ["train.epochs=null", "train.steps=2", "train.total_batch_size=4", "evaluate.knn=null", "log.tensorboard=false"]
-
-
-def call(*command: object, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MIM_", "VIRTUAL_ENV"))}
-    words, environment = [str(word) for word in command], {**clean, **environment}
-    result = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
-
-
-@pytest.fixture(scope="module")
-def wheels(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("wheels")
-    for project in (ROOT, *PLUGINS):
-        call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, project, cwd=folder)
-    return {path.name.split("-")[0]: path for path in folder.glob("*.whl")}
-
-
-@pytest.fixture
-def clean(tmp_path) -> Path:
-    """A new environment that borrows the dependencies of this one, but none of our own packages."""
-    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
-    borrowed = tmp_path / "borrowed"
-    borrowed.mkdir()
-    for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if "mim_" not in entry.name and not entry.name.endswith(".pth"):
-            (borrowed / entry.name).symlink_to(entry)
-    [site] = (tmp_path / "venv").glob("lib/python*/site-packages")
-    (site / "borrowed.pth").write_text(f"{borrowed}\n")
-    return tmp_path / "venv"
-
-
-def install(clean: Path, *wheels: Path) -> None:
-    call(clean / "bin/python", "-m", "pip", "install", "--no-deps", "--no-index", *wheels, cwd=clean)
 
 
 def test_installed_wheels_list_the_plugin_and_train(clean, wheels, tmp_path):

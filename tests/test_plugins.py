@@ -294,9 +294,8 @@ def test_a_plugin_that_moves_a_global_generator_on_import_is_named(install_plugi
     install_plugin("spiral", spiral(draw))
     registry = Registry()
     registry.load("builtins")
-    with pytest.warns(
-        RuntimeWarning, match=rf"plugin 'spiral' \(mim-plugin-spiral\) moves the global .* of {library} on import"
-    ):
+    message = rf"plugin 'spiral' \(mim-plugin-spiral\): its import moves the global .* of {library}; .* Cure: pip"
+    with pytest.warns(RuntimeWarning, match=message):
         registry.load("spiral")
 
 

@@ -54,6 +54,12 @@ def test_a_listing_imports_nothing_heavy(python, command):
         assert "loud" in result.stdout
 
 
+def test_a_new_plugin_is_written_without_anything_heavy(python, tmp_path):
+    result = python("-c", WRAPPER, "plugins", "new", "dust", "--output", str(tmp_path))
+    assert result.stderr == "HEAVY []\n"
+    assert (tmp_path / "mim-plugin-dust/pyproject.toml").is_file()
+
+
 @pytest.mark.slow
 def test_listings_answer_within_the_budget(python):
     def fastest(*arguments: str) -> float:

@@ -1,4 +1,4 @@
-"""Help for tests of plugins and of the core: several ranks in a fraction of a second, extra components."""
+"""Several ranks in a test, in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 
 from mim_framework.distributed import free_port
-from mim_framework.plugins import Registry
+
+torch.set_num_threads(1)  # before any other use of torch: OpenMP threads do not survive a fork
 
 
 def run_ranks(function: Callable[[int], Any], world_size: int = 2, timeout: float = 120.0) -> list[Any]:
     """Call `function(rank)` in forked processes that share a gloo group; returns their results in rank order.
 
-    A fork takes 0.2 s where a spawn takes 7, but threads do not survive it: `torch.set_num_threads(1)` must have been
-    called before any other use of torch, as the test suite's conftest does.
+    A fork takes 0.2 s where a spawn takes 7, but threads do not survive it: importing this module leaves torch one
+    thread, and must come before any other use of torch.
 
     Raises:
         RuntimeError: with the traceback of the first rank that failed, or if a rank is silent for `timeout` seconds.
@@ -73,14 +74,3 @@ def _rank(function: Callable[[int], Any], rank: int, world_size: int, port: int,
         dist.barrier()  # gloo aborts now and then if one rank leaves early
         dist.destroy_process_group()
     os._exit(0 if outcome[0] else 1)  # no exit handlers of the forked test runner
-
-
-class RegistryWith(Registry):
-    """The installed plugins and more classes, as if a plugin registered them; these win over their namesakes."""
-
-    def __init__(self, *classes: type[Any]) -> None:
-        super().__init__()
-        self.extra = {(cls.kind, cls.name): cls for cls in classes}
-
-    def find(self, kind: str, name: str) -> type[Any]:
-        return self.extra.get((kind, name)) or super().find(kind, name)

@@ -1,0 +1,16 @@
+"""What every plugin promises, of this one."""
+
+from __future__ import annotations
+
+import pytest
+
+from mim_framework.testing import ComponentContract, RecipeContract
+
+
+class TestComponents(ComponentContract):
+    plugin = "simmim"
+
+
+@pytest.mark.slow
+class TestRecipes(RecipeContract):
+    plugin = "simmim"
