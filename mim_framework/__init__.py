@@ -24,8 +24,8 @@ _HOME = {
         "Parts", "Source", "Specs", "Target", "ViewBuilder",
     ],
     "functional": [
-        "Renormalize", "attend", "gather_tokens", "paste", "patch_grid", "patchify", "sincos_position_table",
-        "unfold_to_places", "unpatchify", "without_autocast",
+        "Renormalize", "attend", "gather_tokens", "paste", "patch_grid", "patchify", "perplexity",
+        "sincos_position_table", "unfold_to_places", "unpatchify", "usage_picture", "without_autocast",
     ],
     "data.views": ["NUM_CROP_RANDOM", "ImageViews", "random_resized_crop_box"],
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The contract for plugins finds what it is there to find: a plugin with one fault at a time, and the test that fails."""
+"""The contract for plugins finds what it should: a plugin with one fault at a time, and the test that fails."""
 
 from __future__ import annotations
 

@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from mim_framework.functional import attend, gather_tokens, patchify, sincos_position_table, unpatchify
+from mim_framework.functional import (
+    attend,
+    gather_tokens,
+    patchify,
+    perplexity,
+    sincos_position_table,
+    unpatchify,
+    usage_picture,
+)
 from mim_framework.records import Grid
 
 
@@ -60,3 +68,15 @@ def test_attention_with_a_learned_bias_is_that_of_the_formula_with_its_gradients
     assert all(torch.allclose(a.float(), b.float(), atol=10 * tolerance) for a, b in zip(found, wanted, strict=True))
     with torch.no_grad():
         assert torch.allclose(attend(q, k, v, bias).float(), exact, atol=tolerance)  # the fused kernel in float32
+
+
+def test_perplexity_is_the_number_of_codes_that_are_used_alike():
+    counts = torch.tensor([[3.0, 3.0, 3.0, 3.0], [8.0, 8.0, 0.0, 0.0], [5.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert perplexity(counts).tolist() == pytest.approx([4, 2, 1, 1])
+
+
+def test_the_picture_of_usage_has_a_bar_of_logarithmic_height_for_each_code():
+    picture = usage_picture(torch.tensor([0.0, 1.0, 3.0, 0.0]), height=4, width=4)[0]  # log1p: 0, 1 and 2 times ln 2
+    assert (1 - picture).sum(0).tolist() == [4, 2, 0, 0]
+    assert picture[:2, 1].tolist() == [1, 1]
+    assert usage_picture(torch.zeros(3), height=4, width=4).min() == 1

@@ -23,7 +23,6 @@ from mim_plugin_beit.dvae import (
     logit_laplace_nll,
     map_pixels,
     unmap_pixels,
-    usage_picture,
 )
 from mim_plugin_beit.dvae_checkpoints import DalleCheckpoint, MMPretrainDalleCheckpoint
 from torch import Tensor
@@ -272,13 +271,6 @@ def test_a_collapsed_vocabulary_is_warned_of_once_and_not_at_the_start(caplog: p
             loss.metrics()
             assert len(caplog.messages) == (index > 0)
     assert caplog.messages[0].startswith("only 12.5% of the 8 codes are in use (min_usage is 0.2)")
-
-
-def test_the_picture_has_a_bar_of_logarithmic_height_for_each_code():
-    counts = torch.tensor([0.0, 1.0, 3.0, 0.0])  # log1p: 0, 1 and 2 times ln 2
-    picture = usage_picture(counts, width=4, height=4)[0]
-    assert (1 - picture).sum(0).tolist() == [4, 2, 0, 0]
-    assert picture[:2, 1].tolist() == [1, 1]
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from mim_plugin_beitv2.codebook import (
     EMACodebook,
     counts_and_sums,
     directions,
-    draw_usage,
     first_centers,
     nearest_codes,
     spherical_k_means,
@@ -225,9 +224,3 @@ def test_usage_and_perplexity_by_hand():
     book.start_window()
     assert book.window.sum() == 0
     assert book.last_window.tolist() == [2, 2, 0, 0]
-
-
-def test_a_drawing_has_a_bar_for_every_code_most_used_first():
-    drawn = draw_usage(torch.tensor([0.0, 7.0, 1.0]), height=3, width=3)
-    assert drawn.shape == (1, 3, 3)
-    assert drawn[0].sum(0).tolist() == [3, 1, 0]

@@ -39,7 +39,9 @@ from mim_framework import (
     Target,
     ViewSpec,
     patchify,
+    perplexity,
     unpatchify,
+    usage_picture,
     without_autocast,
 )
 from mim_framework.records import TargetSpec
@@ -427,14 +429,13 @@ class ELBOLoss(Loss):
         if not bool(self.counts.any()):
             return self.measured
         self.reported = True
-        shares = self.counts / self.counts.sum(1, keepdim=True)
-        entropies = -torch.special.xlogy(shares, shares).sum(1)
+        of_ids, of_probabilities = perplexity(self.counts)
         usage = (self.counts[0] > 0).float().mean()
         self.warn(usage.item())
         return self.measured | {
             "usage": usage,
-            "token_perplexity": entropies[0].exp(),
-            "perplexity": entropies[1].exp(),
+            "token_perplexity": of_ids,
+            "perplexity": of_probabilities,
         }
 
     def warn(self, usage: float) -> None:
@@ -450,12 +451,3 @@ class ELBOLoss(Loss):
 
     def pictures(self) -> dict[str, Tensor]:
         return {"usage": usage_picture(self.counts[0])} if bool(self.counts.any()) else {}
-
-
-def usage_picture(counts: Tensor, width: int = 512, height: int = 128) -> Tensor:
-    """counts (V,) -> (1, height, width) in [0, 1]: a dark bar of logarithmic height for each code, longest first."""
-    heights = counts.sort(descending=True).values.log1p()
-    columns = torch.arange(width, device=counts.device) * len(counts) // width
-    heights = heights[columns] / heights[0] * height
-    rows = torch.arange(height, 0, -1, device=counts.device)[:, None] - 0.5
-    return (heights < rows).float()[None]

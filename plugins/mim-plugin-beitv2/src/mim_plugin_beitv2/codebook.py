@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mim_framework import Step, rng, without_autocast
+from mim_framework import Step, perplexity, rng, without_autocast
 from mim_framework.distributed import World
 
 VECTORS_AT_ONCE = 4096
@@ -163,19 +163,9 @@ class EMACodebook(nn.Module):
 
     def usage(self) -> tuple[Tensor, Tensor]:
         """Share of the codes used since the last line of the log, and perplexity, exp of the entropy of their use."""
-        shares = self.window / self.window.sum().clamp(min=1)
-        return (self.window > 0).float().mean(), torch.special.entr(shares).sum().exp()
+        return (self.window > 0).float().mean(), perplexity(self.window)
 
     def start_window(self) -> None:
         """A line of the log has been written."""
         self.last_window = self.window.clone()
         self.window.zero_()
-
-
-def draw_usage(counts: Tensor, height: int = 96, width: int = 256) -> Tensor:
-    """Bars of how often codes were used, (K,) counts, most used first, on a logarithmic scale -> (1, height, width)."""
-    ordered = counts.float().sort(descending=True).values
-    columns = ordered[(torch.arange(width, device=counts.device) * len(counts)) // width].log1p()
-    bars = columns / columns.max().clamp(min=1e-12)
-    levels = torch.arange(height, 0, -1, device=counts.device)[:, None] / height
-    return (levels <= bars[None]).float()[None]

@@ -33,10 +33,11 @@ from mim_framework import (
     Views,
     gather_tokens,
     patch_grid,
+    usage_picture,
     without_autocast,
 )
 from mim_framework.builtins.vit import NORM_EPS, Block, ViTSizes, init_linear, rescale_by_depth, trunc_normal
-from mim_plugin_beitv2.codebook import EMACodebook, draw_usage
+from mim_plugin_beitv2.codebook import EMACodebook
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ class VQKDEncoder(Encoder):
     def pictures(self) -> dict[str, Tensor]:
         """How often each code is used, most used first, on a logarithmic scale."""
         counts = self.codebook.window if self.codebook.window.any() else self.codebook.last_window
-        return {} if counts is None else {"codebook_usage": draw_usage(counts)}
+        return {} if counts is None else {"codebook_usage": usage_picture(counts)}
 
 
 class VQKDDecoder(Decoder):
