@@ -259,7 +259,7 @@ def records_page() -> str:
 def handed_page() -> str:
     """The classes that steps and events hand to plugins."""
     modules = {name: import_module(f"mim_framework.{module}") for module, names in GIVEN.items() for name in names}
-    text = "A step brings `World` and `TeacherSession`, an event `Run`; a source raises `BrokenImage`."
+    text = "A step brings `World` and `TeacherSession`, an event `Run`."
     return joined("Handed to plugins", text, *(entry(name, getattr(module, name)) for name, module in modules.items()))
 
 

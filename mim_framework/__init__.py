@@ -27,6 +27,7 @@ _HOME = {
         "Renormalize", "attend", "gather_tokens", "paste", "patch_grid", "patchify", "perplexity",
         "sincos_position_table", "unfold_to_places", "unpatchify", "usage_picture", "without_autocast",
     ],
+    "data.decode": ["BrokenImage"],
     "data.views": ["NUM_CROP_RANDOM", "ImageViews", "random_resized_crop_box"],
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

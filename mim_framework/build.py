@@ -195,6 +195,9 @@ class _Builder:
 
     def build_encoder(self) -> Encoder:
         encoder: Encoder = self.make("encoder", "encoder", self.recipe.encoder, self.specs)
+        if not encoder.spec.grid.num_patches:
+            size = f"{encoder.spec.stride} pixels and more"
+            raise self.misfit("encoder", f"encoder '{encoder.name}' has no token in so small an image: one takes {size}")
         self.publish(encoder=encoder.spec)
         return encoder
 

@@ -223,6 +223,10 @@ def test_building_leaves_the_global_generator_alone(tmp_path):
             "a token of 4 pixels cannot be hidden in part",
         ),
         (
+            {"encoder": {"type": "timm", "model": "resnet18"}},
+            "encoder 'timm' has no token in so small an image: one takes 32 pixels and more",
+        ),
+        (
             {"decoder": {"type": "slipping", "at_once": True}},
             r"toy.yaml:\d+:\d+: decoder: slipping: AttributeError: .* has no attribute 'weigth'",
         ),

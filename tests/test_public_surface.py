@@ -69,7 +69,6 @@ def test_a_class_is_described_by_its_fields_and_signatures():
         "Before.Config.ratio": "float, > 0 = 0.5",
         "Before.draw": "method (n: int, *, seed: int = 0) -> list[int]",
         "Before.area": "property -> int",
-        "Before.test_it_holds": "test",
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mim_framework.distributed import World
-from mim_framework.records import Ask, EncoderSpec, Grid, Mask, Masked, Pred, Step
+from mim_framework.records import Ask, EncoderSpec, Grid, Mask, Masked, Pred, Step, ViewSpec
 
 GRID = Grid((2, 2))
 
@@ -151,3 +151,12 @@ def test_a_shared_draw_is_the_same_for_all_samples_of_a_step_and_another_in_the_
     assert step.rand_shared("mask", 5).shape == (1, 5)
     assert torch.equal(step.rand_shared("mask", 5), other_rank.rand_shared("mask", 5))
     assert not torch.equal(step.rand_shared("mask", 5), replace(step, index=4).rand_shared("mask", 5))
+
+
+def test_only_a_view_of_images_has_a_size_and_channels():
+    images = ViewSpec("x", (3, 32, 48))
+    assert (images.in_chans, images.img_size) == (3, (32, 48))
+    points = ViewSpec("x", (64, 33, 3), kind="points")
+    for name in ("in_chans", "img_size"):
+        with pytest.raises(ValueError, match="view 'x' holds points, images are needed"):
+            getattr(points, name)

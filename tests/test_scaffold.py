@@ -239,11 +239,13 @@ class Author:
             script.chmod(0o755)
 
     def type(self, command: str) -> str:
-        result = call(
-            "sh", "-c", command, cwd=self.folder, timeout=900,
-            PATH=f"{self.bin}:{os.environ['PATH']}",
-            PIP_NO_INDEX="1", PIP_FIND_LINKS=str(self.index), PIP_NO_BUILD_ISOLATION="0",  # pip reads it as the value of "isolation"
-        )  # fmt: skip
+        offline = {
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(self.index),
+            "PIP_NO_BUILD_ISOLATION": "0",
+        }  # 0 means none
+        paths = {"PATH": f"{self.bin}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        result = call("sh", "-c", command, cwd=self.folder, timeout=900, **offline, **paths)
         return result.stdout
 
 
@@ -268,9 +270,12 @@ def test_who_follows_the_guide_has_a_method_that_passes_its_tests_and_learns(aut
             printed[command] = author.type(command)
     assert "masker my_method: Hide all patches but a random one" in printed["mim plugins show my_method"]
     assert " passed" in printed["pytest mim-plugin-my-method"]
+    said = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) % \|$", GUIDE.read_text(), re.MULTILINE))
+    assert said.keys() == {"untrained", "my_method_quickstart", "unsigned"}
     for run in ("my_method_quickstart", "unsigned"):
-        before, after = re.findall(r"^\w*trained\w*: ([\d.]+)$", printed[f"mim eval knn runs/{run}"], re.MULTILINE)
-        assert float(after) > float(before), run
+        measured = dict(re.findall(r"^(\w+): ([\d.]+)$", printed[f"mim eval knn runs/{run}"], re.MULTILINE))
+        for name, share in (("untrained", said["untrained"]), ("trained", said[run])):
+            assert 100 * float(measured[name]) == pytest.approx(float(share), abs=5), run
     assert "signed: false" in (author.folder / "runs/unsigned/recipe.yaml").read_text()
     assert "type: mae_vit" in (author.folder / "runs/mae_on_edges/recipe.yaml").read_text()
     [on_two_ranks] = [text for command, text in printed.items() if "--nproc-per-node 2" in command]
