@@ -23,6 +23,7 @@ _HOME = {
         "API_VERSION", "CheckpointFormat", "Component", "Decoder", "Encoder", "Head", "Loss", "Masker", "Objective",
         "Parts", "Source", "Specs", "Target", "ViewBuilder",
     ],
+    "objective": ["MaskedPrediction"],
     "functional": [
         "Renormalize", "attend", "gather_tokens", "paste", "patch_grid", "patchify", "perplexity",
         "sincos_position_table", "unfold_to_places", "unpatchify", "usage_picture", "without_autocast",

@@ -196,8 +196,8 @@ class _Builder:
     def build_encoder(self) -> Encoder:
         encoder: Encoder = self.make("encoder", "encoder", self.recipe.encoder, self.specs)
         if not encoder.spec.grid.num_patches:
-            size = f"{encoder.spec.stride} pixels and more"
-            raise self.misfit("encoder", f"encoder '{encoder.name}' has no token in so small an image: one takes {size}")
+            text = f"encoder '{encoder.name}' has no token in so small an image: one takes {encoder.spec.stride} pixels"
+            raise self.misfit("encoder", f"{text} and more")
         self.publish(encoder=encoder.spec)
         return encoder
 

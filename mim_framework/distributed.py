@@ -27,9 +27,42 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """A run that gets one of these finishes its step, saves and leaves with 128 + signal. SIGUSR1 is a scheduler's hint."""
 
 
+def _summed(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(tensor)
+    return tensor
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return _summed(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _summed(grad)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, rank: int, size: int) -> Tensor:
+        ctx.rank, ctx.size = rank, size
+        parts = [torch.empty_like(tensor) for _ in range(size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _summed(grad).chunk(ctx.size)[ctx.rank], None, None
+
+
 @dataclass(frozen=True)
 class World:
-    """The ranks of a run. Its reductions work on any device and do nothing with one rank."""
+    """The ranks of a run. Its reductions work on any device and do nothing with one rank.
+
+    Gradients flow through them: what every rank computes from the result reaches the ranks that it came from, summed.
+    All ranks must then go backward through it.
+    """
 
     rank: int = 0
     size: int = 1
@@ -42,11 +75,7 @@ class World:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks; the argument is left as it is."""
-        if self.size == 1:
-            return tensor
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-        return tensor
+        return tensor if self.size == 1 else _Sum.apply(tensor)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Mean over ranks."""
@@ -54,11 +83,7 @@ class World:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Tensors of all ranks (the same shape everywhere), concatenated along dimension 0 in rank order."""
-        if self.size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+        return tensor if self.size == 1 else _Gather.apply(tensor, self.rank, self.size)
 
     def share(self, value: T) -> T:
         """Rank 0's value, a small plain one, on every rank."""

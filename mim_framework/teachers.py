@@ -162,7 +162,15 @@ class TeacherSession:
         return self._passes[key][2]
 
     def part(self, name: str, path: str) -> nn.Module:
-        """A copied module, for objectives that call more than the encoder."""
+        """A copied module, for objectives that call more than the encoder.
+
+        Raises:
+            ValueError: if the teacher holds no copy of it.
+        """
+        copied = self.teachers.sections[name].copy_of
+        if path not in copied:
+            copies = f"copies {', '.join(copied)}" if copied else "is frozen"
+            raise ValueError(f"teacher '{name}' {copies}, '{path}' is asked for too; give it in teachers.{name}.copy")
         return self.teachers[name].part(path)
 
     @torch.no_grad()

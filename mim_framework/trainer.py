@@ -128,12 +128,12 @@ class Trainer:
                     optimizer.step()
                 for component in self.components:
                     component.after_step(step)
-                if phase is self.phases[-1]:
-                    self.teachers.update(step, self.objective)  # once per step, however many phases it has
             else:
                 self._record_nonfinite(index, phase.name, positions, history)
             self.objective.zero_grad(set_to_none=True)
             measured |= summary if len(self.phases) == 1 else {f"{phase.name}/{key}": v for key, v in summary.items()}
+        if all(math.isfinite(value) for value in measured.values()):
+            self.teachers.update(step, self.objective)  # once per step, however many phases it has
         return measured
 
     def fit(self) -> None:

@@ -204,9 +204,7 @@ def test_ranks_that_see_other_masks_are_found(tmp_path: Path):
     sgd = [*options, *contract.optimizers_of("faulty_quickstart", options, contract.PLAIN_SGD)]
     alone = contract.run(tmp_path / "alone", "faulty_quickstart", *sgd)
     with pytest.raises(AssertionError):
-        Contract().test_two_ranks_learn_what_one_learns(
-            "faulty_quickstart", sgd, alone, "ddp", tmp_path / "together"
-        )
+        Contract().test_two_ranks_learn_what_one_learns("faulty_quickstart", sgd, alone, "ddp", tmp_path / "together")
 
 
 @pytest.mark.slow

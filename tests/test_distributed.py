@@ -45,6 +45,26 @@ def test_two_ranks_sum_mean_and_gather():
     assert results == [(0, "cpu", [3.0], [1.5], [1.0, 2.0], [1.0]), (1, "cpu", [3.0], [1.5], [1.0, 2.0], [2.0])]
 
 
+@pytest.mark.parametrize("reduce", ["sum", "mean", "gather"])
+def test_gradients_through_a_reduction_are_those_of_one_rank(reduce):
+    """Every rank computes the same loss of the reduced rows; DDP will average gradients over ranks."""
+    rows = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+    weights = torch.tensor([[0.5, -1.0], [2.0, 4.0]])
+
+    def loss_of(reduced):
+        return (reduced * weights[: len(reduced)]).square().sum()
+
+    def rank_main(rank):
+        own = rows[rank : rank + 1].clone().requires_grad_()
+        loss_of(getattr(World(rank, 2), reduce)(own)).backward()
+        return own.grad / 2
+
+    whole = rows.clone().requires_grad_()
+    parts = {"sum": whole.sum(0, keepdim=True), "mean": whole.mean(0, keepdim=True), "gather": whole}
+    loss_of(parts[reduce]).backward()
+    assert torch.allclose(torch.cat(run_ranks(rank_main)), whole.grad)
+
+
 def test_a_failing_rank_is_reported_with_its_traceback():
     def rank_main(rank: int):
         raise ValueError(f"no luck on {rank}")

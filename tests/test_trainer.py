@@ -322,6 +322,19 @@ def test_a_nonfinite_loss_skips_the_update_and_is_recorded_with_its_samples(tmp_
     assert all(torch.isfinite(tensor).all() for tensor in final_tensors(run_dir).values())
 
 
+def test_teachers_wait_for_a_step_all_of_whose_phases_were_finite(tmp_path):
+    PoisonedLoss.steps, PoisonedLoss.calls = {4}, -2  # the preflight goes through both phases; the first of step 2
+    phases = [{"name": name, "optimizers": ["all"]} for name in ("first", "second")]
+    optimizers = {"all": {"type": "adamw", "lr": 1e-3, "parameters": ["*"]}}
+    options = ["loss=poisoned", "checkpoint.every_steps=1", "checkpoint.keep=9", EMA]
+    run_dir = run(tmp_path, *options, optim=None, optimizers=optimizers, phases=phases)
+    [line] = [json.loads(text) for text in (run_dir / "nonfinite.jsonl").read_text().splitlines()]
+    assert (line["step"], line["phase"]) == (2, "first")
+    at = {step: checkpoint.load(run_dir / "checkpoints" / f"step_{step:08d}").tensors("teachers") for step in (2, 3, 4)}
+    assert all(torch.equal(at[2][name], tensor) for name, tensor in at[3].items())
+    assert not all(torch.equal(at[3][name], tensor) for name, tensor in at[4].items())
+
+
 def test_nonfinite_losses_in_a_row_stop_the_run(tmp_path):
     PoisonedLoss.steps, PoisonedLoss.calls = set(range(2, 99)), -1
     with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row, up to step 5.*nonfinite.jsonl"):

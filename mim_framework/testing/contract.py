@@ -267,9 +267,7 @@ class RecipeContract:
     # --- runs --------------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-    def test_two_ranks_learn_what_one_learns(
-        self, recipe: str, sgd: list[str], alone: Path, mode: str, tmp_path: Path
-    ):
+    def test_two_ranks_learn_what_one_learns(self, recipe: str, sgd: list[str], alone: Path, mode: str, tmp_path: Path):
         batch_size = 2 if self.accumulates else 4  # of 8 in all
         options = [*sgd, f"train.distributed={mode}", f"train.batch_size={batch_size}"]
         run_ranks(lambda rank: run(tmp_path, recipe, *options))

@@ -37,6 +37,7 @@ from mim_framework import (
     Specs,
     Step,
     Target,
+    TargetSpec,
     ViewSpec,
     patchify,
     perplexity,
@@ -44,7 +45,6 @@ from mim_framework import (
     usage_picture,
     without_autocast,
 )
-from mim_framework.records import TargetSpec
 from mim_framework.schedule import extremes, value_at
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mim_framework import Ask, Decoder, Head, Latent, Parts, Section, Step, Views, hookimpl
+from mim_framework import Ask, Decoder, Head, Latent, MaskedPrediction, Parts, Section, Step, Views, hookimpl
 from mim_framework.builtins.vit import NORM_EPS, MaskTokenViT, rescale_by_depth
-from mim_framework.objective import MaskedPrediction
 from mim_plugin_beitv2.checkpoints import (
     MMPretrainCheckpoint,
     MMPretrainVQKDCheckpoint,

@@ -17,8 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mim_framework import Ask, EncoderSpec, Latent, Mask, Parts, Section, hookimpl
-from mim_framework.objective import MaskedPrediction
+from mim_framework import Ask, EncoderSpec, Latent, Mask, MaskedPrediction, Parts, Section, hookimpl
 from mim_plugin_mff.checkpoints import MMPretrainCheckpoint
 from mim_plugin_mff.views import ResizedCropViews
 

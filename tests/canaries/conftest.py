@@ -1,0 +1,36 @@
+"""Guests: packages of other people's kind. Each is built as a wheel, installed and trained, by public names only."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def install_guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Builds and installs `tests/canaries/NAME` for the tests of a module; returns the folder it is installed in."""
+    site = tmp_path_factory.mktemp("site")
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(site)
+
+    def install(name: str) -> Path:
+        source = shutil.copytree(HERE / name, tmp_path_factory.mktemp("source") / name)
+        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+        offline = ["--no-deps", "--no-index", "--no-build-isolation"]
+        subprocess.run([*pip, "wheel", *offline, "--wheel-dir", site / "wheels", source], check=True)
+        subprocess.run([*pip, "install", *offline, "--target", site, *(site / "wheels").glob("*.whl")], check=True)
+        importlib.invalidate_caches()
+        return site
+
+    yield install
+    patch.undo()
+    for module in [each for each, found in sys.modules.items() if str(site) in str(getattr(found, "__file__", ""))]:
+        del sys.modules[module]

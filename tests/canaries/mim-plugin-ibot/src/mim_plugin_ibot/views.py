@@ -1,0 +1,146 @@
+"""Several crops of one image, each augmented in its own way (iBOT, `DataAugmentationiBOT`).
+
+Start at `MultiCropViews.__call__`: an image is decoded once, and every crop has its own part of the sample's numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import permutations
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field, model_validator
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from mim_framework import NUM_CROP_RANDOM, ImageViews, Sample, Section, Step, Views, ViewSpec, random_resized_crop_box
+
+GLOBAL_VIEWS = ("x", "x2")
+NUM_JITTER_RANDOM = 5
+NUM_AUGMENT_RANDOM = NUM_JITTER_RANDOM + 5
+"""Uniform numbers that `MultiCropViews.augment` reads: those of the jitter, then whether to jitter, to take the colours
+away, to blur, how wide, and whether to solarize."""
+ORDERS = tuple(permutations(range(4)))
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Crop(NamedTuple):
+    """How the crops of one kind are made: pixels, share of the image's area, probabilities of two augmentations."""
+
+    size: int
+    scale: tuple[float, float]
+    blur: float
+    solarize: float
+
+
+class MultiCropViews(ImageViews):
+    """Two global crops `x` and `x2`, and smaller local ones `local1`, `local2`, ... of the same image."""
+
+    name = "multi_crop"
+
+    class Config(ImageViews.Config):
+        scale: tuple[Share, Share] = (0.25, 1.0)
+        """Smallest and largest share of the image's area that a global crop covers."""
+        num_local: int = Field(10, ge=0)
+        """Local crops of an image."""
+        local_size: int = Field(96, gt=0)
+        """Height and width of a local crop, in pixels."""
+        local_scale: tuple[Share, Share] = (0.05, 0.25)
+        """Smallest and largest share of the image's area that a local crop covers."""
+        jitter: Probability = 0.8
+        """Probability that the colours of a crop are changed."""
+        color_jitter: tuple[Probability, Probability, Probability, Annotated[float, Field(ge=0, le=0.5)]] = (
+            0.4, 0.4, 0.2, 0.1,
+        )  # fmt: skip
+        """Largest relative change of brightness, contrast and saturation, and largest turn of the hue (up to 0.5)."""
+        grayscale: Probability = 0.2
+        """Probability that a crop loses its colours."""
+        blur: tuple[Probability, Probability, Probability] = (1.0, 0.1, 0.5)
+        """Probability of a Gaussian blur: of the first global crop, of the second, of a local one."""
+        blur_sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.1, 2.0)
+        """Smallest and largest standard deviation of the blur, in pixels."""
+        solarize: Probability = 0.2
+        """Probability that the bright pixels of the second global crop are inverted."""
+
+        @model_validator(mode="after")
+        def _intervals(self) -> MultiCropViews.Config:
+            for key in ("scale", "local_scale", "blur_sigma"):
+                smallest, largest = getattr(self, key)
+                if smallest > largest:
+                    raise ValueError(f"'{key}' must be [smallest, largest], got [{smallest:g}, {largest:g}]")
+            if self.num_local and self.local_size >= self.img_size:
+                raise ValueError(f"'local_size' must be below 'img_size', {self.img_size}, got {self.local_size}")
+            return self
+
+    config: Config
+
+    def __init__(self, config: Section) -> None:
+        super().__init__(config)
+        c = self.config
+        first, second, local = c.blur
+        self.crops = {
+            "x": Crop(c.img_size, c.scale, first, 0.0),
+            "x2": Crop(c.img_size, c.scale, second, c.solarize),
+            **{f"local{i}": Crop(c.local_size, c.local_scale, local, 0.0) for i in range(1, 1 + c.num_local)},
+        }
+        self.specs = {
+            name: ViewSpec(name, (3, crop.size, crop.size), mean=c.mean, std=c.std) for name, crop in self.crops.items()
+        }
+        self.num_random = len(self.crops) * (NUM_CROP_RANDOM + 1 + NUM_AUGMENT_RANDOM)
+
+    def __call__(self, sample: Sample, rand: Tensor) -> dict[str, Tensor]:
+        image = self.open(sample)
+        rows = rand.unflatten(0, (len(self.crops), -1)).tolist()
+        return {name: self.crop(image, crop, row) for (name, crop), row in zip(self.crops.items(), rows, strict=True)}
+
+    def crop(self, image: Any, crop: Crop, rand: list[float]) -> Tensor:
+        """One crop of what `open` gave, uint8 (3, size, size). `rand`: box, flip, augmentations."""
+        c = self.config
+        box = random_resized_crop_box(rand, *image.size, crop.scale, c.ratio)
+        flip = rand[NUM_CROP_RANDOM] < c.flip
+        pixels = image.crop(*box, (crop.size, crop.size), flip, c.interpolation)
+        return self.augment(pixels, crop, rand[NUM_CROP_RANDOM + 1 :])
+
+    def augment(self, pixels: Tensor, crop: Crop, rand: list[float]) -> Tensor:
+        """pixels uint8 (3, H, W), in the order of the official code: jitter, grey, blur, solarize."""
+        c = self.config
+        jitter, gray, blur, width, solarize = rand[NUM_JITTER_RANDOM:]
+        if jitter < c.jitter:
+            pixels = jitter_color(pixels, rand, c.color_jitter)
+        if gray < c.grayscale:
+            pixels = F.rgb_to_grayscale(pixels, num_output_channels=3)
+        if blur < crop.blur:
+            pixels = gaussian_blur(pixels, c.blur_sigma[0] + (c.blur_sigma[1] - c.blur_sigma[0]) * width)
+        if solarize < crop.solarize:
+            pixels = F.solarize(pixels, threshold=128)
+        return pixels
+
+    def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
+        """uint8 (B, 3, H, W) each, whichever views there are -> normalised float32."""
+        return {name: super(MultiCropViews, self).prepare(step, {"x": view})["x"] for name, view in batch.items()}
+
+
+def jitter_color(pixels: Tensor, rand: list[float], strength: tuple[float, ...]) -> Tensor:
+    """Brightness, contrast, saturation and hue of pixels (3, H, W), in random order, as torchvision's `ColorJitter`.
+
+    Args:
+        rand: `NUM_JITTER_RANDOM` uniform numbers: the four changes, then their order.
+    """
+    for number in ORDERS[int(rand[4] * len(ORDERS))]:
+        change = strength[number] * (2 * rand[number] - 1)
+        if not strength[number]:
+            continue
+        if number == 3:
+            pixels = F.adjust_hue(pixels, change)
+        else:
+            adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[number]
+            pixels = adjust(pixels, 1 + change)
+    return pixels
+
+
+def gaussian_blur(pixels: Tensor, sigma: float) -> Tensor:
+    """Blur to three standard deviations, or as far as the reflected border of a small crop reaches."""
+    reach = min(math.ceil(3 * sigma), min(pixels.shape[-2:]) - 1)
+    return F.gaussian_blur(pixels, kernel_size=[2 * reach + 1] * 2, sigma=[sigma] * 2)
