@@ -47,8 +47,9 @@ class RandomMasker(Masker):
         """Share of the cells hidden from the encoder."""
         mask_patch_size: int | None = Field(None, gt=0)
         """Side of a mask cell in pixels; the encoder's token by default. SimMIM uses 32."""
-        rounding: Literal["keep_floor", "hide_ceil"] = "keep_floor"
-        """When the ratio gives no whole number: MAE rounds the visible count down, SimMIM the hidden one up."""
+        rounding: Literal["keep_floor", "hide_ceil", "hide_floor"] = "keep_floor"
+        """When the ratio gives no whole number: MAE rounds the visible count down, SimMIM the hidden one up, Point-MAE
+        the hidden one down."""
         shared: bool = False
         """One mask for the whole micro-batch instead of one per image."""
 
@@ -58,9 +59,11 @@ class RandomMasker(Masker):
         super().__init__(config, specs)
         cell, grid = cell_grid(specs, self.config.mask_patch_size)
         ratio, count = self.config.mask_ratio, grid.num_patches
-        self.num_keep = (
-            int(count * (1 - ratio)) if self.config.rounding == "keep_floor" else count - ceil(count * ratio)
-        )
+        self.num_keep = {
+            "keep_floor": int(count * (1 - ratio)),
+            "hide_ceil": count - ceil(count * ratio),
+            "hide_floor": count - int(count * ratio),
+        }[self.config.rounding]
         if self.num_keep < 1:
             raise ValueError(f"mask_ratio {ratio} leaves none of the {count} cells of {cell} pixels visible")
         if self.num_keep == count:

@@ -45,6 +45,7 @@ def test_ratio_rounds_as_mae_does_or_as_simmim_does():
     assert random_masker(mask_ratio=0.75).spec.num_hidden == 12
     assert random_masker(mask_ratio=0.6).spec.num_hidden == 10  # int(16 * 0.4) = 6 stay
     assert random_masker(mask_ratio=0.6, mask_patch_size=32, rounding="hide_ceil").spec.num_hidden == 3  # ceil(4 * 0.6)
+    assert random_masker(mask_ratio=0.6, mask_patch_size=32, rounding="hide_floor").spec.num_hidden == 2
     assert random_masker(mask_ratio=0.9, img_size=160).num_keep == 9  # 100 * (1 - 0.9) is 9.999...
 
 
