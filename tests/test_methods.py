@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -18,7 +19,8 @@ LATE = {
     "maskfeat_quickstart", "simmim_quickstart", "simmim_vit_quickstart", "beit_quickstart", "beit_v2_quickstart",
     "beit_dvae_quickstart", "beit_v2_vqkd_quickstart",
 }  # fmt: skip
-"""A sixth of the recipe is not enough for their features to pass those of the untrained encoder."""
+"""A sixth of the recipe is not enough for their features to pass those of the untrained encoder: only the loss is
+looked at, after a twentieth."""
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
@@ -35,14 +37,14 @@ def test_every_method_has_a_small_recipe_and_keeps_the_contract(plugin: str):
 def test_a_few_epochs_on_digits_lower_the_loss_and_soon_beat_the_untrained_encoder(tmp_path: Path, recipe: str):
     """A sixth of the recipe's own length; what the whole of it brings is in the README of its plugin."""
     loaded = load_recipe(recipe, [], Registry())
-    options = [*contract.SHORT, "train.steps=null", f"train.epochs={loaded.train.epochs / 6}",
-               "train.total_batch_size=64", "log.every_steps=22"]  # fmt: skip
+    epochs = loaded.train.epochs / (20 if recipe in LATE else 6)
+    options = [*contract.SHORT, "train.steps=null", f"train.epochs={epochs}", "train.total_batch_size=64"]
     if loaded.tokenizer:
         stage_one = Path(loaded.tokenizer).name
         options.append(f"tokenizer={contract.run(tmp_path, stage_one, *contract.SHORT, *contract.STAGE_ONE)}")
     run_dir = contract.run(tmp_path, recipe, *options)
     losses = contract.losses_of(run_dir)
-    assert losses[-1] < 0.95 * losses[0]
+    assert fmean(losses[-5:]) < 0.95 * fmean(losses[:5])
     if recipe not in LATE:
         top1 = evaluate_run(run_dir, section=KNNSection())
         assert top1["trained"] > top1["untrained"] + 0.03

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from contextlib import suppress
 
@@ -194,7 +195,7 @@ def test_a_signal_while_the_workers_start_is_for_the_training_process():
     before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     try:
         with loader_module._signals_held_back():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # other tests may have left other threads
             child = multiprocessing.get_context("fork").Process(target=lambda: os.kill(os.getpid(), signal.SIGTERM))
             child.start()
             child.join()
