@@ -416,7 +416,7 @@ class SelfDistillation(Objective):
     def before_step(self, step: Step) -> None:
         if step.epoch < self.config.freeze_last_layer:
             for parameter in self.head.last_layer.parameters():
-                pass  # no step, and no decay either
+                parameter.grad = None  # no step, and no decay either
         self.mean_score = self.score_sum / self.num_scored
         self.score_sum.zero_()  # also where the step will be skipped
         self.num_scored.zero_()
