@@ -10,12 +10,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, log_softmax, softmax
 
 from mim_framework import checkpoint
 from mim_framework.build import Model, build_model, make_step
+from mim_framework.cost import measure_cost
 from mim_framework.distributed import process_group
 from mim_framework.errors import RecipeError
 from mim_framework.evaluate.knn import KNNSection
@@ -417,6 +419,8 @@ def test_the_teacher_is_asked_for_its_attention_alone(tmp_path):
     [
         ("teachers={}", "no teacher 'teacher'; the teachers of this recipe are none"),
         ("teachers.teacher.copy=[encoder]", "teacher 'teacher' copies encoder, 'head' is asked for too"),
+        ("masker=random", "masker 'random' masks x of x, x2, local1, local2"),
+        ("views={type: image, img_size: 16}", "masker 'attmask' masks x of x"),
         ("encoder={type: mae_vit, patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}", "'attmask' and encoder"),
     ],
 )
@@ -514,6 +518,17 @@ def test_the_schedules_of_the_full_recipe_are_the_official_ones_at_every_step():
     assert values(recipe.optim.lr_curve(240)) == pytest.approx(rates, rel=1e-9)
     for ends, curve in (((0.04, 0.4), recipe.optim.weight_decay), ((0.996, 1), recipe.teachers["teacher"].momentum)):
         assert (value_at(curve, 0, epochs), value_at(curve, epochs, epochs)) == pytest.approx(ends)
+
+
+@pytest.mark.slow
+def test_the_full_recipe_fits_together_and_its_encoder_has_the_size_of_vit_small():
+    """Counted on the meta device, through a step of two and ten crops."""
+    cost = measure_cost(load_recipe("ibot_attmask", [], RegistryWith()), RegistryWith())
+    with torch.device("meta"):
+        vit_small = timm.create_model("vit_small_patch16_224", num_classes=0)
+    assert cost.parameters["encoder"] == sum(p.numel() for p in vit_small.parameters()) + 384  # and a mask token
+    assert cost.parameters["head"] == 385 * 2048 + 2049 * 2048 + 2049 * 256 + 8192 * 257
+    assert cost.parameters["teachers"] == cost.parameters["encoder"] + cost.parameters["head"]
 
 
 def test_temperatures_end_where_the_official_ones_do(ibot):

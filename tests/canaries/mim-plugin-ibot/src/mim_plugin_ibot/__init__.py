@@ -355,6 +355,11 @@ class SelfDistillation(Objective):
         self.masker, self.encoder = parts.masker, parts.encoder
         self.global_views = parts.specs.masker.views
         self.local_views = tuple(name for name in parts.specs.views if name not in self.global_views)
+        if len(parts.specs.views) < 2 or len({parts.specs.views[name].shape for name in self.local_views}) > 1:
+            raise ValueError(
+                "objective 'ibot' compares global crops, which are masked, and local ones of another size; masker "
+                f"'{parts.masker.name}' masks {', '.join(self.global_views)} of {', '.join(parts.specs.views)}"
+            )
         self.head = ProjectionHead(encoder.dim, c)
         self.register_buffer("center", torch.zeros(2, c.out_dim))  # of class tokens and of patches
         self.register_buffer("score_sum", torch.zeros(2, c.out_dim), persistent=False)  # since the last step
