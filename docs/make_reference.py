@@ -143,10 +143,12 @@ def exported(page: str) -> Iterator[tuple[str, Any]]:
     """The public names that stand on a page, in the order in which they are exported."""
     for name, module in mim_framework._MODULE_OF.items():
         value = getattr(mim_framework, name)
-        if module in ("records", "errors", "schedule", "functional"):
+        if inspect.isfunction(value):
+            home = "functional"
+        elif module in ("records", "errors", "schedule", "functional"):
             home = module
         else:
-            home = "classes" if inspect.isclass(value) else "functional" if inspect.isfunction(value) else "constants"
+            home = "classes" if inspect.isclass(value) else "constants"
         if home == page:
             yield name, value
 

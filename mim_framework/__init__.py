@@ -14,7 +14,7 @@ _HOME = {
     "hookspecs": ["hookimpl"],
     "config": ["Section"],
     "errors": ["MimError", "RecipeError", "PluginError", "DataError", "CheckpointError", "TrainingError"],
-    "schedule": ["Schedule", "Curve"],
+    "schedule": ["Schedule", "Curve", "extremes"],
     "records": [
         "Ask", "EncoderSpec", "Grid", "Latent", "Mask", "Masked", "MaskerSpec", "Pred", "PredSpec", "Sample", "Step",
         "TargetSpec", "Views", "ViewSpec",
@@ -29,7 +29,7 @@ _HOME = {
         "sincos_position_table", "unfold_to_places", "unpatchify", "usage_picture", "without_autocast",
     ],
     "data.decode": ["BrokenImage"],
-    "data.views": ["NUM_CROP_RANDOM", "ImageViews", "random_resized_crop_box"],
+    "data.views": ["NUM_CROP_RANDOM", "ImageViews", "jitter_color", "random_resized_crop_box"],
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -81,7 +81,6 @@ class LoadedEncoder:
     recipe: Recipe
     views: ViewBuilder
     encoder: Encoder
-    source: Source
     device: torch.device
 
 
@@ -160,17 +159,17 @@ class _Builder:
                     self.build_frozen(teachers, name, section, with_weights)
         if with_weights:
             self.load_published("encoder", encoder)
+        copies = {name: section for name, section in sections.items() if "encoder" in section.copy_of}
+        self.publish(
+            teachers={**self.specs.teachers, **dict.fromkeys(copies, encoder.spec)},
+            teacher_views={**self.specs.teacher_views, **{n: self.view_of(n, each) for n, each in copies.items()}},
+        )
         masker: Masker = self.make("masker", "masker", recipe.masker, self.specs)
         self.publish(masker=masker.spec)
         self.check_masker(masker, encoder)
         if recipe.evaluate.knn is not None:
             with self.slot("evaluate.knn.pool"):
                 check_pool(encoder.spec, recipe.evaluate.knn)
-        copies = {name: section for name, section in sections.items() if "encoder" in section.copy_of}
-        self.publish(
-            teachers={**self.specs.teachers, **dict.fromkeys(copies, encoder.spec)},
-            teacher_views={**self.specs.teacher_views, **{n: self.view_of(n, each) for n, each in copies.items()}},
-        )
 
         heads = {
             name: self.build_head(name, section, encoder, masker) for name, section in recipe.named_heads().items()
@@ -480,7 +479,7 @@ def load_encoder(
         builder.load_published("encoder", encoder)
         if recipe.init is not None:
             load_into(encoder, Path(recipe.init), prefix="encoder.")
-    return LoadedEncoder(recipe, views, encoder.to(device), build_source(recipe, registry), device)
+    return LoadedEncoder(recipe, views, encoder.to(device), device)
 
 
 def _recipe_of_run(run_dir: Path, registry: Registry) -> tuple[Recipe, torch.device]:

@@ -61,6 +61,11 @@ def train(recipe: Recipe, registry: Registry, *, fresh: bool = False) -> Path:
         return trainer.run.dir
 
 
+def all_finite(measured: dict[str, float]) -> bool:
+    """Whether what was measured of a step or phase lets it count."""
+    return all(math.isfinite(value) for value in measured.values())
+
+
 class Trainer:
     """One run on one rank."""
 
@@ -123,7 +128,7 @@ class Trainer:
                 optimizer.schedule(step)
             grad_norms = {optimizer.name: optimizer.clip() for optimizer in optimizers}
             summary = self._summarise(history, grad_norms)  # the one wait for the device
-            if all(math.isfinite(value) for value in summary.values()):
+            if all_finite(summary):
                 for optimizer in optimizers:
                     optimizer.step()
                 for component in self.components:
@@ -132,7 +137,7 @@ class Trainer:
                 self._record_nonfinite(index, phase.name, positions, history)
             self.objective.zero_grad(set_to_none=True)
             measured |= summary if len(self.phases) == 1 else {f"{phase.name}/{key}": v for key, v in summary.items()}
-        if all(math.isfinite(value) for value in measured.values()):
+        if all_finite(measured):
             self.teachers.update(step, self.objective)  # once per step, however many phases it has
         return measured
 
@@ -224,7 +229,7 @@ class Trainer:
             self._draw(done)
 
     def _count(self, done: int, measured: dict[str, float]) -> None:
-        if all(math.isfinite(value) for value in measured.values()):
+        if all_finite(measured):
             self.nonfinite_in_a_row = 0
             for name, value in {**measured, "steps": 1.0}.items():
                 self.window[name] = self.window.get(name, 0.0) + value

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -24,9 +25,9 @@ def call(
     return result
 
 
-def build_wheels(folder: Path) -> dict[str, Path]:
-    """Wheels of the core and all plugins, by the names of their packages with `_`."""
-    for project in (ROOT, *PLUGINS):
+def build_wheels(folder: Path, projects: Iterable[Path] = (ROOT, *PLUGINS)) -> dict[str, Path]:
+    """Wheels of the core and all plugins, or of other projects, by the names of their packages with `_`."""
+    for project in projects:
         call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, project, cwd=folder)
     return {path.name.split("-")[0]: path for path in folder.glob("*.whl")}
 

@@ -49,6 +49,7 @@ from mim_framework.records import (
 )
 from mim_framework.run import run_directory
 from mim_framework.testing import RegistryWith, run_ranks
+from mim_framework.testing.contract import same, state_of
 from mim_framework.trainer import Trainer, train
 
 GRID = Grid((4, 4))
@@ -135,14 +136,6 @@ def assert_same_weights(a: Path, b: Path, *, atol: float = 0.0) -> None:
         first, second = (checkpoint.find_latest(each / "checkpoints").tensors(group) for each in (a, b))
         assert first.keys() == second.keys()
         assert [name for name in first if not torch.allclose(first[name], second[name], rtol=0, atol=atol)] == []
-
-
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:

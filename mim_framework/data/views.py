@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from functools import cache
+from itertools import permutations
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import AfterValidator, Field
@@ -27,6 +29,8 @@ from mim_framework.data.decode import (
 )
 from mim_framework.records import Sample, Step, Views, ViewSpec
 
+HUE = 3
+"""Place of the hue among the strengths of `jitter_color`."""
 CROP_TRIES = 10
 NUM_CROP_RANDOM = 2 * CROP_TRIES + 2
 """Uniform numbers that `random_resized_crop_box` reads: area and aspect ratio of each try, then the position."""
@@ -64,6 +68,31 @@ def random_resized_crop_box(
             left = int(rand[2 * CROP_TRIES + 1] * (width - crop_width + 1))
             return Box(top, left, crop_height, crop_width)
     return central_crop_box(height, width, ratio)
+
+
+def jitter_color(image: Any, rand: Sequence[float], strengths: Sequence[float]) -> Any:
+    """Brightness, contrast, saturation and hue, in random order, as torchvision's `ColorJitter`.
+
+    Args:
+        image: a Pillow image or a uint8 tensor (3, H, W).
+        rand: uniform numbers in [0, 1), one for each strength, then one for the order.
+        strengths: the first three change by factors in 1 +- strength, the hue turns by up to its strength (0.5 at most)
+            either way. 0 leaves as it is; the hue may be left out.
+    """
+    from torchvision.transforms.v2 import functional as F  # not at start-up: few recipes jitter
+
+    adjustments = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    orders = _orders(len(strengths))
+    for number in orders[int(rand[len(strengths)] * len(orders))]:
+        change = strengths[number] * (2 * rand[number] - 1)
+        if strengths[number]:
+            image = adjustments[number](image, change if number == HUE else 1 + change)
+    return image
+
+
+@cache
+def _orders(count: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(permutations(range(count)))
 
 
 def central_crop_box(height: int, width: int, ratio: tuple[float, float]) -> Box:

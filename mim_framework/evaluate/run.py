@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mim_framework.build import load_encoder
+from mim_framework.build import build_source, load_encoder
 from mim_framework.errors import DataError
 from mim_framework.evaluate.knn import KNNSection, knn_top1, online_knn, raw_pixels
 from mim_framework.plugins import Registry
@@ -27,11 +27,13 @@ def evaluate_run(
         DataError: if the run's source has no labelled images.
         CheckpointError: if there is no whole checkpoint, or its model has no part named `encoder`.
     """
+    registry = registry or Registry()
     run = load_encoder(run_dir, checkpoint=checkpoint, registry=registry)
-    sources = run.source.evaluation_sources()
+    source = build_source(run.recipe, registry)
+    sources = source.evaluation_sources()
     if sources is None:
         raise DataError(
-            f"kNN needs labelled images to learn from and to test on; source '{run.source.name}' of {run_dir} has "
+            f"kNN needs labelled images to learn from and to test on; source '{source.name}' of {run_dir} has "
             "none. A folder has them with data.source.labels=true and data.source.eval_root=FOLDER"
         )
     section = section or run.recipe.evaluate.knn or KNNSection()

@@ -28,7 +28,7 @@ from mim_framework.errors import CheckpointError
 from mim_framework.hookspecs import hookimpl
 from mim_framework.metrics import read_metrics
 from mim_framework.optim import assign
-from mim_framework.plugins import Registry
+from mim_framework.plugins import RecipeInfo, Registry
 from mim_framework.recipe import Recipe, dump_recipe, load_recipe
 from mim_framework.records import Latent, Mask, Masked, Views
 from mim_framework.testing.ranks import run_ranks
@@ -80,9 +80,7 @@ class ComponentContract:
 
     def test_recipes_survive_being_written_and_read(self, tmp_path: Path):
         registry = Registry()
-        for info in registry.recipes():
-            if info.plugin != registry.plugin(self.plugin).name:
-                continue
+        for info in recipes_of(self.plugin):
             recipe = load_recipe(info.path, [], registry)
             (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
             assert load_recipe(tmp_path / "again.yaml", [], registry) == recipe, info.name
@@ -93,11 +91,10 @@ class ComponentContract:
             if all(not field.is_required() for field in options_of(cls).values()) and hasattr(cls, "Config"):
                 config = cls.Config()
                 assert cls.Config.model_validate(config.model_dump(mode="json")) == config, f"{kind} '{cls.name}'"
-        for info in registry.recipes():
-            if info.plugin == registry.plugin(self.plugin).name:
-                for slot, choice in choices_of(load_recipe(info.path, [], registry)):
-                    cls, config = registry.resolve(slot, choice)
-                    assert cls.Config.model_validate(config.model_dump(mode="json")) == config, f"{info.name}: {slot}"
+        for info in recipes_of(self.plugin):
+            for slot, choice in choices_of(load_recipe(info.path, [], registry)):
+                cls, config = registry.resolve(slot, choice)
+                assert cls.Config.model_validate(config.model_dump(mode="json")) == config, f"{info.name}: {slot}"
 
 
 class RecipeContract:
@@ -282,7 +279,7 @@ class RecipeContract:
         self, recipe: str, changes: list[str], straight: Path, tmp_path: Path
     ):
         registry = Registry()
-        registry._manager.register(_CrashAtStep(2))
+        registry._manager.register(CrashAtStep(2))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, recipe, *changes, "checkpoint.every_steps=1", registry=registry)
         resumed = run(tmp_path, recipe, *changes)
@@ -343,9 +340,14 @@ class PluginContract(ComponentContract, RecipeContract):
 
 def small_recipes(plugin: str) -> list[str]:
     """Names of the recipes of a plugin that end in `quickstart`."""
+    return [info.name for info in recipes_of(plugin) if info.name.endswith("quickstart")]
+
+
+def recipes_of(plugin: str) -> list[RecipeInfo]:
+    """The recipes that a plugin ships."""
     registry = Registry()
     name = registry.plugin(plugin).name
-    return [info.name for info in registry.recipes() if info.plugin == name and info.name.endswith("quickstart")]
+    return [info for info in registry.recipes() if info.plugin == name]
 
 
 def run(folder: Path, recipe: str, *overrides: str, registry: Registry | None = None) -> Path:
@@ -407,7 +409,7 @@ def losses_of_step(trainer: Trainer, batch: Batch, phase: str, *, model: Trainer
 # --- helpers ---------------------------------------------------------------------------------------------------------
 
 
-class _CrashAtStep:
+class CrashAtStep:
     """A listener that interrupts the run after a checkpoint."""
 
     def __init__(self, step: int) -> None:

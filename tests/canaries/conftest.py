@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from clean_install import build_wheels, call
 
 HERE = Path(__file__).parent
 
@@ -22,11 +21,9 @@ def install_guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
     patch.syspath_prepend(site)
 
     def install(name: str) -> Path:
-        source = shutil.copytree(HERE / name, tmp_path_factory.mktemp("source") / name)
-        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        offline = ["--no-deps", "--no-index", "--no-build-isolation"]
-        subprocess.run([*pip, "wheel", *offline, "--wheel-dir", site / "wheels", source], check=True)
-        subprocess.run([*pip, "install", *offline, "--target", site, *(site / "wheels").glob("*.whl")], check=True)
+        wheels = build_wheels(tmp_path_factory.mktemp("wheels"), [HERE / name])
+        pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site]
+        call(*pip, *wheels.values(), cwd=site)
         importlib.invalidate_caches()
         return site
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mim_framework import MimError, checkpoint, rng
+from mim_framework import MimError, rng
 from mim_framework.build import build_model, load_run, make_step
 from mim_framework.distributed import process_group
 from mim_framework.errors import RecipeError
@@ -23,6 +23,7 @@ from mim_framework.metrics import read_metrics
 from mim_framework.recipe import Recipe, load_recipe
 from mim_framework.records import Sample, Step
 from mim_framework.testing import PluginContract, RegistryWith, run_ranks
+from mim_framework.testing.contract import SHORT, weights_of
 from mim_framework.trainer import Trainer, train
 
 QUICKSTART = "adios_quickstart"
@@ -30,11 +31,7 @@ SIZES = [
     "views.img_size=16", "masker.num_masks=3", "encoder.patch_size=4", "encoder.embed_dim=16", "encoder.depth=1",
     "encoder.num_heads=2", "objective.hidden_dim=32", "objective.out_dim=8", "masker.hidden_dim=16",
 ]  # fmt: skip
-TINY = [
-    *SIZES, "train.total_batch_size=8", "train.epochs=null", "train.steps=3", "train.device=cpu",
-    "checkpoint.every_epochs=0",
-    "log={every_steps: 1, tensorboard: false, images_every_epochs: 0, num_images: 0}", "evaluate.knn=null",
-]  # fmt: skip
+TINY = [*SIZES, *SHORT]
 CONSTANT = "type: momentum, lr: 0.1, shape: constant, weight_decay: 0, options: {momentum: 0.0}"
 SGD = [
     f"optimizers.encoder={{{CONSTANT}, parameters: ['encoder.*', 'projector.*']}}",
@@ -63,10 +60,6 @@ def run(folder: Path, *overrides: str, registry: RegistryWith | None = None) -> 
 def losses_of(run_dir: Path) -> list[tuple[float, float]]:
     lines = read_metrics(run_dir / "metrics.jsonl")
     return [(line["encoder/loss"], line["masker/loss"]) for line in lines if "encoder/loss" in line]
-
-
-def weights_of(run_dir: Path) -> dict[str, Tensor]:
-    return checkpoint.find_latest(run_dir / "checkpoints").tensors("model")
 
 
 def built(tmp_path: Path, *overrides: str) -> tuple[Any, Callable[[str], Step], dict[str, Tensor]]:

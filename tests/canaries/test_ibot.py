@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, log_softmax, softmax
 
-from mim_framework import checkpoint
 from mim_framework.build import Model, build_model, make_step
 from mim_framework.cost import measure_cost
 from mim_framework.distributed import process_group
@@ -27,14 +26,14 @@ from mim_framework.recipe import Recipe, load_recipe
 from mim_framework.records import Ask, Grid, Mask, Sample, Step
 from mim_framework.schedule import epoch_of, value_at
 from mim_framework.testing import ComponentContract, RecipeContract, RegistryWith, run_ranks
+from mim_framework.testing.contract import SHORT, state_of, weights_of
 from mim_framework.trainer import Trainer, train
 
 QUICKSTART = "ibot_attmask_quickstart"
 TINY = [
     "encoder.embed_dim=16", "encoder.depth=2", "encoder.num_heads=2",
     "objective.out_dim=12", "objective.hidden_dim=16", "objective.bottleneck_dim=8",
-    "train.total_batch_size=8", "train.epochs=null", "train.steps=3", "train.device=cpu", "checkpoint.every_epochs=0",
-    "log={every_steps: 1, tensorboard: false, images_every_epochs: 0, num_images: 0}", "evaluate.knn=null",
+    *SHORT,
 ]  # fmt: skip
 SGD = "optim={type: momentum, lr: 0.1, shape: constant, weight_decay: 0, options: {momentum: 0.0}}"
 GLOBAL, LOCAL = ("x", "x2"), ("local1", "local2")
@@ -86,14 +85,6 @@ def built(tmp_path: Path, *overrides: str, batch_size: int = 6) -> tuple[Model, 
 
 def lines_of(run_dir: Path) -> list[dict[str, float]]:
     return [line for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
-
-
-def tensors_of(run_dir: Path, group: str) -> dict[str, Tensor]:
-    return checkpoint.find_latest(run_dir / "checkpoints").tensors(group)
-
-
-def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
 # --- crops -----------------------------------------------------------------------------------------------------------
@@ -473,8 +464,8 @@ def test_two_ranks_have_one_centre_and_it_is_that_of_one_rank(tmp_path, mode):
     assert not torch.allclose(scores, other_scores, atol=1e-4)
     assert torch.allclose(first, alone.objective.center, atol=1e-6)
     for group in ("model", "teachers"):
-        together = tensors_of(tmp_path / "ranks" / QUICKSTART, group)
-        for name, tensor in tensors_of(alone.run.dir, group).items():
+        together = weights_of(tmp_path / "ranks" / QUICKSTART, group)
+        for name, tensor in weights_of(alone.run.dir, group).items():
             assert torch.allclose(together[name], tensor, rtol=0, atol=2e-6), name
 
 

@@ -14,10 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mim_framework import DataError, Grid, Mask, Pred, RecipeError, Sample, hookimpl
+from mim_framework import DataError, Grid, Mask, Pred, RecipeError, Sample
 from mim_framework.build import build_model, exempt_names, load_run, make_step
 from mim_framework.check import report
-from mim_framework.checkpoint import find_latest
 from mim_framework.data.loader import evaluation_batches
 from mim_framework.distributed import World
 from mim_framework.metrics import read_metrics
@@ -25,6 +24,7 @@ from mim_framework.optim import parameter_groups
 from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
 from mim_framework.testing import ComponentContract, RecipeContract, RegistryWith, run_ranks
+from mim_framework.testing.contract import SHORT, CrashAtStep, losses_of, weights_of
 from mim_framework.trainer import train
 
 SMALL = [
@@ -33,11 +33,6 @@ SMALL = [
     "encoder={type: pointmae, embed_dim: 32, depth: 2, num_heads: 2, point_dim: 8, norm: layer, drop_path_rate: 0}",
     "decoder={type: pointmae_decoder, depth: 1, num_heads: 2, drop_path_rate: 0}",
 ]
-SHORT = [
-    "train.epochs=null", "train.steps=3", "train.total_batch_size=8", "train.device=cpu",
-    "checkpoint={every_epochs: 0}", "log={every_steps: 1, tensorboard: false, images_every_epochs: 0, num_images: 0}",
-    "evaluate.knn=null",
-]  # fmt: skip
 SGD = "optim={type: momentum, lr: 0.05, shape: constant, weight_decay: 0, options: {momentum: 0.0}}"
 """Adam would turn the rounding of a gradient that is zero into a step of full size."""
 NORMS = pytest.mark.parametrize("norm", ["layer", "batch"])
@@ -61,14 +56,6 @@ def model_of(folder: Path, *overrides: str) -> Any:
 def run(folder: Path, *overrides: str, registry: Any = None) -> Path:
     registry = registry or RegistryWith()
     return train(recipe_at(folder, *overrides, registry=registry), registry)
-
-
-def losses_of(run_dir: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
-
-
-def weights_of(run_dir: Path) -> dict[str, Tensor]:
-    return find_latest(run_dir / "checkpoints").tensors("model")
 
 
 def random_cloud(num_points: int = 128, batch_size: int = 2) -> Tensor:
@@ -446,16 +433,10 @@ def test_two_ranks_with_batch_norm_learn_what_one_learns(tmp_path, mode):
 
 @pytest.mark.slow
 def test_a_run_with_batch_norm_block_masks_and_dropped_paths_resumes_to_the_bit(tmp_path):
-    class Crash:
-        @hookimpl
-        def mim_checkpoint_saved(self, run, path):
-            if path.name.endswith("2"):
-                raise KeyboardInterrupt
-
     options = ["masker=group_block", BATCH_NORM, "encoder.drop_path_rate=0.5"]
     straight = run(tmp_path / "straight", *options)
     registry = RegistryWith()
-    registry._manager.register(Crash())
+    registry._manager.register(CrashAtStep(2))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "resumed", *options, "checkpoint.every_steps=1", registry=registry)
     resumed = run(tmp_path / "resumed", *options)

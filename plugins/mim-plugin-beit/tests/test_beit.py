@@ -11,13 +11,13 @@ import torch
 import yaml
 from mim_plugin_beit import BEiTEncoder, BEiTViews
 from mim_plugin_beit.checkpoints import MMPretrainCheckpoint, OfficialCheckpoint, TimmCheckpoint
-from mim_plugin_beit.views import NUM_JITTER_RANDOM, jitter_color
+from mim_plugin_beit.views import NUM_JITTER_RANDOM
 from PIL import Image, ImageEnhance
 from timm.models.beit import Beit
 from torch import nn
 from torchvision.transforms import v2
 
-from mim_framework import Ask, Mask, Sample, Specs, ViewSpec
+from mim_framework import Ask, Mask, Sample, Specs, ViewSpec, jitter_color
 from mim_framework.build import build_model
 from mim_framework.convert import import_checkpoint
 from mim_framework.data.views import NUM_CROP_RANDOM
@@ -86,9 +86,9 @@ def test_jitter_is_that_of_torchvision():
     expected = PHOTO
     for enhance, number in ((ImageEnhance.Color, 0.7), (ImageEnhance.Contrast, 0.2), (ImageEnhance.Brightness, 0.9)):
         expected = enhance(expected).enhance(1 + 0.4 * (2 * number - 1))
-    ours = np.asarray(jitter_color(PHOTO, rand, 0.4), dtype=int)
+    ours = np.asarray(jitter_color(PHOTO, rand, (0.4,) * 3), dtype=int)
     assert np.array_equal(ours, np.asarray(expected, dtype=int))
-    on_tensor = jitter_color(v2.functional.pil_to_tensor(PHOTO), rand, 0.4).permute(1, 2, 0).numpy().astype(int)
+    on_tensor = jitter_color(v2.functional.pil_to_tensor(PHOTO), rand, (0.4,) * 3).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(on_tensor - ours).max() <= 3
 
 
@@ -96,7 +96,7 @@ def test_jitter_draws_like_torchvision():
     """Factors are uniform in 1 +- 0.4 and every order is as likely: the mean pixel has the same distribution."""
     image, generator = PHOTO.resize((18, 12)), torch.Generator().manual_seed(0)
     rows = torch.rand(600, NUM_JITTER_RANDOM, generator=generator).tolist()
-    ours = np.array([np.asarray(jitter_color(image, row, 0.4)).std() for row in rows])
+    ours = np.array([np.asarray(jitter_color(image, row, (0.4,) * 3)).std() for row in rows])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         official = v2.ColorJitter(0.4, 0.4, 0.4)

@@ -39,13 +39,14 @@ from mim_framework import (
     Target,
     TargetSpec,
     ViewSpec,
+    extremes,
     patchify,
     perplexity,
     unpatchify,
     usage_picture,
     without_autocast,
 )
-from mim_framework.schedule import extremes, value_at
+from mim_framework.schedule import value_at
 
 logger = logging.getLogger(__name__)
 

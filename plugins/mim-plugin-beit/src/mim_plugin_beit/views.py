@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import permutations
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from mim_framework import Sample, Step, Views, ViewSpec
 from mim_framework.data.decode import Interpolation
@@ -16,26 +14,12 @@ from mim_framework.data.views import (
     ImageViews,
     Share,
     increasing,
+    jitter_color,
     random_resized_crop_box,
 )
 
 SECOND = "tokenizer"
 NUM_JITTER_RANDOM = 4
-ADJUSTMENTS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
-ORDERS = tuple(permutations(range(len(ADJUSTMENTS))))
-
-
-def jitter_color(image: Any, rand: list[float], strength: float) -> Any:
-    """Brightness, contrast and saturation by factors in 1 +- strength, in random order, as torchvision's ColorJitter.
-
-    Args:
-        image: a Pillow image or a uint8 tensor (3, H, W).
-        rand: `NUM_JITTER_RANDOM` uniform numbers: the three factors, then the order.
-    """
-    for number in ORDERS[int(rand[3] * len(ORDERS))]:
-        factor = 1 + strength * (2 * rand[number] - 1)
-        image = ADJUSTMENTS[number](image, max(0.0, factor))
-    return image
 
 
 class BEiTViews(ImageViews):
@@ -73,20 +57,20 @@ class BEiTViews(ImageViews):
     def __call__(self, sample: Sample, rand: Tensor) -> dict[str, Tensor]:
         c = self.config
         numbers = rand.tolist()
-        jitter = numbers[NUM_CROP_RANDOM + 1 :]
+        jitter, strengths = numbers[NUM_CROP_RANDOM + 1 :], (c.color_jitter,) * 3
         image = self.open(sample)
         box = random_resized_crop_box(numbers, *image.size, c.scale, c.ratio)
         flip = numbers[NUM_CROP_RANDOM] < c.flip
         if c.color_jitter and not c.jitter_after_crop:
             finest = max(c.img_size, c.second_size)
-            adjust = lambda whole: jitter_color(whole, jitter, c.color_jitter)  # noqa: E731
+            adjust = lambda whole: jitter_color(whole, jitter, strengths)  # noqa: E731
             image.change(adjust, box.height, box.width, (finest, finest))
         sizes = {"x": (c.img_size, c.interpolation)}
         if not self.same_pixels:
             sizes[SECOND] = c.second_size, c.second_interpolation
         views = {name: image.crop(*box, (size, size), flip, filter) for name, (size, filter) in sizes.items()}
         if c.color_jitter and c.jitter_after_crop:
-            views = {name: jitter_color(view, jitter, c.color_jitter) for name, view in views.items()}
+            views = {name: jitter_color(view, jitter, strengths) for name, view in views.items()}
         return views
 
     def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:

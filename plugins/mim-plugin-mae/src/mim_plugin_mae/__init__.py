@@ -34,6 +34,7 @@ from mim_framework import (
     patchify,
     sincos_position_table,
 )
+from mim_framework.builtins.vit import ViTSizes
 from mim_plugin_mae.checkpoints import MMPretrainCheckpoint, OfficialCheckpoint, TimmCheckpoint
 
 norm_layer = partial(nn.LayerNorm, eps=1e-6)  # models_mae.py: eps of every LayerNorm
@@ -87,17 +88,9 @@ class MAEEncoder(Encoder):
 
     name = "mae_vit"
 
-    class Config(Section):
-        patch_size: int = Field(16, gt=0)
-        """Side of a patch in pixels."""
+    class Config(ViTSizes):
         embed_dim: int = Field(768, gt=0)
         """Width; a multiple of 4 and of `num_heads`."""
-        depth: int = Field(12, gt=0)
-        """Number of transformer blocks."""
-        num_heads: int = Field(12, gt=0)
-        """Attention heads per block."""
-        mlp_ratio: float = Field(4.0, gt=0)
-        """Hidden width of the MLPs, as a multiple of `embed_dim`."""
         drop_path_rate: float = Field(0.0, ge=0, lt=1)
         """Stochastic depth of the last block, growing linearly from 0 at the first; MAE pre-trains without."""
 

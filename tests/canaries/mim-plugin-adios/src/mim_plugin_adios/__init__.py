@@ -7,7 +7,6 @@ variant with SimCLR's loss (`simclr_adios` of the official code).
 
 from __future__ import annotations
 
-from itertools import permutations
 from math import ceil, log2, pi
 from typing import Literal
 
@@ -32,6 +31,7 @@ from mim_framework import (
     Step,
     Views,
     hookimpl,
+    jitter_color,
     random_resized_crop_box,
     without_autocast,
 )
@@ -256,8 +256,6 @@ class AdversarialContrast(Objective):
 # --- the two views ---------------------------------------------------------------------------------------------------
 
 NUM_COLOR_RANDOM = 9
-ADJUSTMENTS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
-ORDERS = tuple(permutations(range(len(ADJUSTMENTS))))
 
 
 class TwoViews(ImageViews):
@@ -301,16 +299,9 @@ class TwoViews(ImageViews):
     def change_colors(self, view: Tensor, rand: list[float]) -> Tensor:
         """view uint8 (3, H, W), rand `NUM_COLOR_RANDOM` uniform numbers -> uint8 (3, H, W)."""
         c = self.config
-        jitter, order, *strengths, grey, blur, sigma = rand
-        factors = [
-            1 + c.brightness * (2 * strengths[0] - 1),
-            1 + c.contrast * (2 * strengths[1] - 1),
-            1 + c.saturation * (2 * strengths[2] - 1),
-            c.hue * (2 * strengths[3] - 1),
-        ]
+        jitter, order, *changes, grey, blur, sigma = rand
         if jitter < c.jitter:
-            for number in ORDERS[int(order * len(ORDERS))]:
-                view = ADJUSTMENTS[number](view, factors[number])
+            view = jitter_color(view, [*changes, order], (c.brightness, c.contrast, c.saturation, c.hue))
         if grey < c.grey:
             view = F.rgb_to_grayscale(view, num_output_channels=3)
         if blur < c.blur:

@@ -36,6 +36,7 @@ from mim_framework import (
     Step,
     Views,
     attend,
+    extremes,
     gather_tokens,
     hookimpl,
     patch_grid,
@@ -216,7 +217,7 @@ class AttMask(Masker):
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
         c, shape = self.config, specs.view("x").shape
-        teacher = specs.teachers.get(c.teacher, specs.encoder)  # a copy of the encoder, if it is not a frozen one
+        teacher = specs.teacher(c.teacher)
         self.layer = teacher.depth - 1
         num_patches, mean_ratio = teacher.grid.num_patches, sum(c.mask_ratio) / 2
         self.max_hidden = int(num_patches * c.mask_ratio[1])
@@ -291,14 +292,6 @@ class ProjectionHead(nn.Module):
         return self.last_layer(normalize(self.mlp(x), dim=-1))
 
 
-def lowest(schedule: Curve | float) -> float:
-    """The smallest value of a schedule that has no milestones."""
-    if not isinstance(schedule, Curve):
-        return schedule
-    turning_points = [schedule.start, schedule.warmup_from if schedule.warmup_epochs else None, schedule.end]
-    return min(value for value in turning_points if value is not None)
-
-
 WARM_UP = Curve(shape="constant", start=0.07, warmup_epochs=30, warmup_from=0.04)
 
 
@@ -340,7 +333,7 @@ class SelfDistillation(Objective):
         @model_validator(mode="after")
         def _above_zero(self) -> SelfDistillation.Config:
             for key in ("teacher_temp", "teacher_patch_temp"):
-                if (value := lowest(getattr(self, key))) <= 0:
+                if (value := min(extremes(getattr(self, key)))) <= 0:
                     raise ValueError(f"'{key}' must stay above 0, got {value:g}")
             return self
 

@@ -6,21 +6,29 @@ Start at `MultiCropViews.__call__`: an image is decoded once, and every crop has
 from __future__ import annotations
 
 import math
-from itertools import permutations
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, model_validator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from mim_framework import NUM_CROP_RANDOM, ImageViews, Sample, Section, Step, Views, ViewSpec, random_resized_crop_box
+from mim_framework import (
+    NUM_CROP_RANDOM,
+    ImageViews,
+    Sample,
+    Section,
+    Step,
+    Views,
+    ViewSpec,
+    jitter_color,
+    random_resized_crop_box,
+)
 
 GLOBAL_VIEWS = ("x", "x2")
 NUM_JITTER_RANDOM = 5
 NUM_AUGMENT_RANDOM = NUM_JITTER_RANDOM + 5
 """Uniform numbers that `MultiCropViews.augment` reads: those of the jitter, then whether to jitter, to take the colours
 away, to blur, how wide, and whether to solarize."""
-ORDERS = tuple(permutations(range(4)))
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -108,7 +116,7 @@ class MultiCropViews(ImageViews):
         c = self.config
         jitter, gray, blur, width, solarize = rand[NUM_JITTER_RANDOM:]
         if jitter < c.jitter:
-            pixels = jitter_color(pixels, rand, c.color_jitter)
+            pixels = jitter_color(pixels, rand[:NUM_JITTER_RANDOM], c.color_jitter)
         if gray < c.grayscale:
             pixels = F.rgb_to_grayscale(pixels, num_output_channels=3)
         if blur < crop.blur:
@@ -120,24 +128,6 @@ class MultiCropViews(ImageViews):
     def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
         """uint8 (B, 3, H, W) each, whichever views there are -> normalised float32."""
         return {name: super(MultiCropViews, self).prepare(step, {"x": view})["x"] for name, view in batch.items()}
-
-
-def jitter_color(pixels: Tensor, rand: list[float], strength: tuple[float, ...]) -> Tensor:
-    """Brightness, contrast, saturation and hue of pixels (3, H, W), in random order, as torchvision's `ColorJitter`.
-
-    Args:
-        rand: `NUM_JITTER_RANDOM` uniform numbers: the four changes, then their order.
-    """
-    for number in ORDERS[int(rand[4] * len(ORDERS))]:
-        change = strength[number] * (2 * rand[number] - 1)
-        if not strength[number]:
-            continue
-        if number == 3:
-            pixels = F.adjust_hue(pixels, change)
-        else:
-            adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[number]
-            pixels = adjust(pixels, 1 + change)
-    return pixels
 
 
 def gaussian_blur(pixels: Tensor, sigma: float) -> Tensor:
