@@ -26,7 +26,7 @@ import torchvision
 from PIL import Image, ImageDraw
 from torchvision import transforms
 
-from mim_framework.config import Choice
+from mim_framework.base.section import Choice
 from mim_framework.data.loader import BatchLayout, DataSection, Loader
 from mim_framework.data.sources import FolderSource
 from mim_framework.data.views import ImageViews

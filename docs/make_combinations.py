@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from mim_framework.base.errors import RecipeError
 from mim_framework.build import build_model, build_optimizers, make_step, preflight
-from mim_framework.errors import RecipeError
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 

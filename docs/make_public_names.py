@@ -23,10 +23,10 @@ from pydantic.fields import FieldInfo
 
 import mim_framework
 from mim_framework import hookspecs, testing
-from mim_framework.config import Choice
+from mim_framework.base.schedule import Curve
+from mim_framework.base.section import Choice
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
-from mim_framework.schedule import Curve
 
 PAGE = Path(__file__).parent / "reference" / "public_names.txt"
 CHANGELOG = Path(__file__).parents[1] / "CHANGELOG.md"

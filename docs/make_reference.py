@@ -28,11 +28,11 @@ from pydantic.fields import FieldInfo
 
 import mim_framework
 from mim_framework import cli, hookspecs, testing
+from mim_framework.base.schedule import Curve
+from mim_framework.base.section import Choice
 from mim_framework.components import KINDS, Component
-from mim_framework.config import Choice
 from mim_framework.plugins import RecipeInfo, Registry
 from mim_framework.recipe import Recipe
-from mim_framework.schedule import Curve
 from mim_framework.yaml_loader import read_yaml
 
 FOLDER = Path(__file__).parent / "reference"
@@ -273,7 +273,7 @@ def functions_page() -> str:
 
 def errors_page() -> str:
     """The errors that a user can cause."""
-    doc = import_module("mim_framework.errors").__doc__
+    doc = import_module("mim_framework.base.errors").__doc__
     return joined("Errors", markdown(doc), *(entry(name, value) for name, value in exported("errors")))
 
 

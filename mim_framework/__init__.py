@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "hookspecs": ["hookimpl"],
-    "config": ["Section"],
-    "errors": ["MimError", "RecipeError", "PluginError", "DataError", "CheckpointError", "TrainingError"],
-    "schedule": ["Schedule", "Curve", "extremes"],
+    "base.section": ["Section"],
+    "base.errors": ["MimError", "RecipeError", "PluginError", "DataError", "CheckpointError", "TrainingError"],
+    "base.schedule": ["Schedule", "Curve", "extremes"],
     "records": [
         "Ask", "EncoderSpec", "Grid", "Latent", "Mask", "Masked", "MaskerSpec", "Pred", "PredSpec", "Sample", "Step",
         "TargetSpec", "Views", "ViewSpec",
@@ -26,8 +26,9 @@ _HOME = {
     "objective": ["MaskedPrediction"],
     "functional": [
         "Renormalize", "attend", "gather_tokens", "paste", "patch_grid", "patchify", "perplexity",
-        "sincos_position_table", "unfold_to_places", "unpatchify", "usage_picture", "without_autocast",
+        "sincos_position_table", "unfold_to_places", "unpatchify", "usage_picture",
     ],
+    "base.precision": ["without_autocast"],
     "data.decode": ["BrokenImage"],
     "data.views": ["NUM_CROP_RANDOM", "ImageViews", "jitter_color", "random_resized_crop_box"],
 }  # fmt: skip

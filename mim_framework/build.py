@@ -16,6 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mim_framework.base.errors import (
+    CheckpointError,
+    MimError,
+    RecipeError,
+    did_you_mean,
+)
+from mim_framework.base.section import Choice
 from mim_framework.checkpoint import Checkpoint, find_latest, load, load_weights
 from mim_framework.components import (
     Component,
@@ -31,10 +38,8 @@ from mim_framework.components import (
     Target,
     ViewBuilder,
 )
-from mim_framework.config import Choice
 from mim_framework.data.tokens import CachedTokenViews, TokenCache
 from mim_framework.distributed import World, choose_device
-from mim_framework.errors import CheckpointError, MimError, RecipeError, did_you_mean
 from mim_framework.evaluate.knn import check_pool
 from mim_framework.functional import Renormalize
 from mim_framework.optim import Optimizer, assign

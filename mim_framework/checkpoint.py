@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mim_framework.config import Section
-from mim_framework.errors import CheckpointError
+from mim_framework.base.errors import CheckpointError
+from mim_framework.base.section import Section
 
 FORMAT = 1
 """Version of the layout. A reader refuses what it does not know."""

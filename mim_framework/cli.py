@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mim_framework import __version__
-from mim_framework.errors import MimError, PluginError, RecipeError
+from mim_framework.base.errors import MimError, PluginError, RecipeError
 from mim_framework.plugins import Registry
 
 if TYPE_CHECKING:

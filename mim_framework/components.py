@@ -15,9 +15,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mim_framework import rng
-from mim_framework.config import Section
-from mim_framework.functional import without_autocast
+from mim_framework.base import rng
+from mim_framework.base.precision import without_autocast
+from mim_framework.base.schedule import Curve
+from mim_framework.base.section import Section
 from mim_framework.records import (
     Ask,
     EncoderSpec,
@@ -34,7 +35,6 @@ from mim_framework.records import (
     Views,
     ViewSpec,
 )
-from mim_framework.schedule import Curve
 
 API_VERSION = "1"
 """Version of the plugin contract. A plugin module may set `requires_api = "1"`; another version is refused."""

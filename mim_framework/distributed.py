@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mim_framework import errors
-from mim_framework.errors import MimError
+from mim_framework.base import errors
+from mim_framework.base.errors import MimError
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from mim_framework.errors import PluginError
+from mim_framework.base.errors import PluginError
 from mim_framework.plugins import BUILTINS, Registry
 
 PACKAGES = (
@@ -106,7 +106,7 @@ def _command_clash() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    from mim_framework.run import uses_bfloat16
+    from mim_framework.base.precision import uses_bfloat16
 
     def bfloat16(name: str) -> str:
         fast = uses_bfloat16("auto", torch.device(name))

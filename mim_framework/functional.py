@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +38,6 @@ def paste(values: Tensor, ids: Tensor | None, onto: Tensor, mask: Mask) -> Tenso
     if ids is not None:
         values = onto.scatter(1, ids[..., None].expand_as(values), values)
     return values.where(mask.where[..., None].bool(), onto)
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """Full precision inside, on whichever device."""
-    with ExitStack() as off:
-        for device_type in ("cuda", "mps", "cpu"):
-            if torch.is_autocast_enabled(device_type):
-                off.enter_context(torch.autocast(device_type, enabled=False))
-        yield
 
 
 class Renormalize(nn.Module):

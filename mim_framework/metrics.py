@@ -22,9 +22,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mim_framework.config import Section
-from mim_framework.errors import MimError
-from mim_framework.files import replace_file
+from mim_framework.base.errors import MimError
+from mim_framework.base.files import replace_file
+from mim_framework.base.section import Section
 
 if TYPE_CHECKING:
     from PIL.Image import Image

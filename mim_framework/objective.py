@@ -7,8 +7,8 @@ from operator import or_
 
 from torch import Tensor, nn
 
+from mim_framework.base.section import Section
 from mim_framework.components import Objective, Parts
-from mim_framework.config import Section
 from mim_framework.records import Ask, Latent, Mask, Masked, Step, Views
 
 

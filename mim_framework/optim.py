@@ -11,10 +11,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from mim_framework.config import Section
-from mim_framework.errors import did_you_mean
+from mim_framework.base.errors import did_you_mean
+from mim_framework.base.schedule import Curve, Schedule, extremes
+from mim_framework.base.section import Section
 from mim_framework.records import Step
-from mim_framework.schedule import Curve, Schedule, extremes
 
 
 class OptimSection(Section):

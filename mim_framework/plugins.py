@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from mim_framework import __version__, hookspecs
-from mim_framework.errors import PluginError, RecipeError, did_you_mean
+from mim_framework.base.errors import PluginError, RecipeError, did_you_mean
 from mim_framework.static_reader import Reading, Unreadable, locate, read_constant, read_plugin
 
 if TYPE_CHECKING:
-    from mim_framework.config import Choice, Section
+    from mim_framework.base.section import Choice, Section
 
 GROUP = "mim_framework"
 BUILTINS = "builtins"
@@ -214,7 +214,7 @@ class Registry:
             PluginError: see `find`.
             RecipeError: naming every wrong option.
         """
-        from mim_framework.validation import describe, validate
+        from mim_framework.base.validation import describe, validate
 
         cls = self.find(kind, choice.type)
         config, problems = validate(cls.Config, choice.options)
@@ -577,8 +577,8 @@ def _distinct(classes: list[type]) -> list[type]:
 
 
 def _checked(kind: str, cls: Any) -> type:
+    from mim_framework.base.section import Section
     from mim_framework.components import KINDS
-    from mim_framework.config import Section
 
     hook, base = hookspecs.HOOK_OF_KIND[kind], KINDS[kind]
     if not isinstance(cls, type):

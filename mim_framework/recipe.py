@@ -14,19 +14,28 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
+from mim_framework.base.errors import PluginError, RecipeError
+from mim_framework.base.schedule import Schedule
+from mim_framework.base.section import Choice, Section
+from mim_framework.base.validation import (
+    KeyPath,
+    Problem,
+    annotations_at,
+    describe,
+    fields_at,
+    key,
+    show,
+    validate,
+)
 from mim_framework.checkpoint import CheckpointSection
-from mim_framework.config import Choice, Section
 from mim_framework.data.loader import DataSection
-from mim_framework.errors import PluginError, RecipeError
 from mim_framework.evaluate.knn import EvaluateSection
 from mim_framework.hookspecs import HOOK_OF_KIND
 from mim_framework.metrics import LogSection
 from mim_framework.optim import OptimSection
 from mim_framework.plugins import Registry, UnknownName
-from mim_framework.schedule import Schedule
 from mim_framework.teachers import TeacherSection
 from mim_framework.train_config import PhaseSection, TrainSection
-from mim_framework.validation import KeyPath, Problem, annotations_at, describe, fields_at, key, show, validate
 from mim_framework.yaml_loader import read_scalar, read_yaml
 
 HEAD_SLOTS = ("target", "decoder", "loss")

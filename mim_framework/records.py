@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from mim_framework import rng
-from mim_framework.schedule import Curve, value_at
+from mim_framework.base import rng
+from mim_framework.base.schedule import Curve, value_at
 
 if TYPE_CHECKING:
     from mim_framework.distributed import World

@@ -19,17 +19,18 @@ from typing import Any
 
 import torch
 
+from mim_framework.base.errors import MimError, RecipeError
+from mim_framework.base.files import replace_file
+from mim_framework.base.precision import uses_bfloat16
+from mim_framework.base.schedule import epoch_of
 from mim_framework.build import Model
 from mim_framework.checkpoint import list_checkpoints
 from mim_framework.components import Source
 from mim_framework.data.loader import Batch, BatchLayout
 from mim_framework.distributed import World
-from mim_framework.errors import MimError, RecipeError
-from mim_framework.files import replace_file
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, dump_recipe, load_recipe
 from mim_framework.records import Step
-from mim_framework.schedule import epoch_of
 
 MAY_CHANGE = (
     "description", "output_dir", "init", "data.workers", "data.prefetch_factor", "data.source.root", "data.max_broken",
@@ -112,24 +113,6 @@ def batch_layout(recipe: Recipe, rank: int, world_size: int) -> BatchLayout:
             f"ranks; use {near}, for example"
         )
     return BatchLayout(total, unit // world_size, rank, world_size)
-
-
-def uses_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether the forward pass runs under bfloat16 autocast. `auto`: where the device has it in hardware."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and cpu_has_bfloat16()
-
-
-def cpu_has_bfloat16() -> bool:
-    """True if the processor multiplies bfloat16 matrices in hardware (Linux; False where that cannot be told)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
 
 
 def prepare_directory(recipe: Recipe, registry: Registry, world: World, *, fresh: bool) -> Path:

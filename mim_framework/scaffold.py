@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from mim_framework.errors import MimError
+from mim_framework.base.errors import MimError
 from mim_framework.plugins import KNOWN_METHODS, Registry
 
 TEMPLATE = Path(__file__).parent / "template"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mim_framework.base.errors import CheckpointError
 from mim_framework.checkpoint import Checkpoint
 from mim_framework.distributed import World, gather_full, like
-from mim_framework.errors import CheckpointError
 from mim_framework.optim import Optimizer
 
 

@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from mim_framework import hookspecs
-from mim_framework.errors import did_you_mean
+from mim_framework.base.errors import did_you_mean
 from mim_framework.hookspecs import HOOK_OF_KIND
 
 KIND_OF_HOOK = {hook: kind for kind, hook in HOOK_OF_KIND.items()}

@@ -17,11 +17,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from mim_framework.base.schedule import Schedule, extremes
+from mim_framework.base.section import AliasedSection, Choice
 from mim_framework.components import Component, Encoder, Head
-from mim_framework.config import AliasedSection, Choice
 from mim_framework.distributed import local
 from mim_framework.records import Ask, Latent, Mask, Step
-from mim_framework.schedule import Schedule, extremes
 
 
 class TeacherSection(AliasedSection):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mim_framework.config import Section
+from mim_framework.base.section import Section
 
 
 class TrainSection(Section):

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim_framework import checkpoint, rng, state
+from mim_framework import checkpoint, state
+from mim_framework.base import rng
+from mim_framework.base.errors import CheckpointError, DataError, TrainingError
 from mim_framework.build import build_model, build_optimizers, build_source, preflight
 from mim_framework.components import Component
 from mim_framework.data.loader import Batch, Loader
@@ -34,7 +36,6 @@ from mim_framework.distributed import (
     whole_weights,
     wrap,
 )
-from mim_framework.errors import CheckpointError, DataError, TrainingError
 from mim_framework.evaluate.knn import online_knn
 from mim_framework.evaluate.reconstruct import draw_fixed
 from mim_framework.metrics import MetricsWriter, Throughput, as_picture

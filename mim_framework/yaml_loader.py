@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mim_framework.errors import RecipeError
+from mim_framework.base.errors import RecipeError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40

@@ -11,6 +11,8 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from mim_framework.base.errors import CheckpointError, RecipeError
+from mim_framework.base.section import Section
 from mim_framework.build import (
     build_model,
     build_optimizers,
@@ -23,8 +25,6 @@ from mim_framework.build import (
 from mim_framework.builtins.maskers import RandomMasker
 from mim_framework.checkpoint import save_checkpoint
 from mim_framework.components import Decoder, Encoder, Loss, Objective, Target
-from mim_framework.config import Section
-from mim_framework.errors import CheckpointError, RecipeError
 from mim_framework.recipe import dump_recipe, load_recipe
 from mim_framework.records import Ask, EncoderSpec, Grid, Latent, Mask, Masked, MaskerSpec, Pred, PredSpec, TargetSpec
 from mim_framework.testing import RegistryWith

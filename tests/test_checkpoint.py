@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mim_framework import checkpoint
+from mim_framework.base.errors import CheckpointError
 from mim_framework.checkpoint import (
     CheckpointSection,
     find_latest,
@@ -23,7 +24,6 @@ from mim_framework.checkpoint import (
     prune,
     save_checkpoint,
 )
-from mim_framework.errors import CheckpointError
 
 STATE = {"window": {"loss": 0.1}, "nonfinite_in_a_row": 0, "text": "é"}
 

@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mim_framework import __version__
+from mim_framework.base.errors import DataError, RecipeError
 from mim_framework.cli import main
-from mim_framework.errors import DataError, RecipeError
 from mim_framework.plugins import Registry
 
 GOOD = """\

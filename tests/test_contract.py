@@ -19,17 +19,18 @@ from mim_plugin_mae import MAEDecoder, MAEEncoder
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, layer_norm, log_softmax, softmax
 
-from mim_framework import checkpoint, rng
+from mim_framework import checkpoint
+from mim_framework.base import rng
+from mim_framework.base.errors import RecipeError
+from mim_framework.base.section import Section
 from mim_framework.build import build_model, make_step
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.losses import CrossEntropyLoss, MSELoss
 from mim_framework.builtins.maskers import RandomMasker, mask_from_noise
 from mim_framework.check import report
 from mim_framework.components import Decoder, Encoder, Loss, Masker, Objective, Source, Target, ViewBuilder
-from mim_framework.config import Section
 from mim_framework.data.views import ImageViews
 from mim_framework.distributed import local, process_group
-from mim_framework.errors import RecipeError
 from mim_framework.functional import gather_tokens, patchify, unpatchify
 from mim_framework.hookspecs import hookimpl
 from mim_framework.metrics import read_metrics

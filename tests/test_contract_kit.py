@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mim_framework.errors import RecipeError
+from mim_framework.base.errors import RecipeError
 from mim_framework.testing import PluginContract, contract
 
 SOURCE = '''

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mim_framework import checkpoint, rng
+from mim_framework import checkpoint
+from mim_framework.base import rng
 from mim_framework.bench import run_bench
 from mim_framework.metrics import read_metrics
 from mim_framework.plugins import Registry

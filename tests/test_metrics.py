@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mim_framework.errors import MimError
+from mim_framework.base.errors import MimError
 from mim_framework.metrics import LogSection, MetricsWriter, Throughput, peak_memory, read_metrics
 
 QUIET = LogSection(tensorboard=False)

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from mim_framework import plugins
-from mim_framework.config import Choice
-from mim_framework.errors import PluginError, RecipeError
+from mim_framework.base.errors import PluginError, RecipeError
+from mim_framework.base.section import Choice
 from mim_framework.plugins import Registry, UnknownName
 
 SPIRAL = """

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mim_framework.config import Choice
-from mim_framework.errors import MimError, PluginError, RecipeError
+from mim_framework.base.errors import MimError, PluginError, RecipeError
+from mim_framework.base.section import Choice
 from mim_framework.plugins import KNOWN_METHODS, Registry
 from mim_framework.recipe import Recipe, dump_recipe, load_recipe, recipe_schema
 from mim_framework.yaml_loader import read_yaml

@@ -30,8 +30,8 @@ from pydantic import Field
 
 import mim_framework
 from mim_framework import Loss, Schedule, Section, hookspecs
+from mim_framework.base.section import Choice
 from mim_framework.cli import main
-from mim_framework.config import Choice
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mim_framework import rng
+from mim_framework.base import rng
 
 
 def splitmix64(state: int) -> int:

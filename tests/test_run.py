@@ -17,13 +17,25 @@ import torch
 import yaml
 
 from mim_framework import checkpoint
+from mim_framework.base.errors import (
+    CheckpointError,
+    DataError,
+    MimError,
+    RecipeError,
+)
+from mim_framework.base.precision import uses_bfloat16
 from mim_framework.data.sources import DigitsSource
 from mim_framework.distributed import World
-from mim_framework.errors import CheckpointError, DataError, MimError, RecipeError
 from mim_framework.hookspecs import hookimpl
 from mim_framework.metrics import read_metrics
 from mim_framework.recipe import load_recipe
-from mim_framework.run import Run, batch_layout, prepare_directory, run_length, sole_run, uses_bfloat16
+from mim_framework.run import (
+    Run,
+    batch_layout,
+    prepare_directory,
+    run_length,
+    sole_run,
+)
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.train_config import TrainSection
 from mim_framework.trainer import Trainer, train

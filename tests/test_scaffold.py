@@ -15,8 +15,8 @@ import yaml
 from clean_install import ROOT, call
 from click.testing import CliRunner
 
+from mim_framework.base.errors import MimError
 from mim_framework.cli import main
-from mim_framework.errors import MimError
 from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
 from mim_framework.scaffold import TEMPLATE, new_plugin

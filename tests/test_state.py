@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from mim_framework import checkpoint, state
+from mim_framework.base.errors import CheckpointError
 from mim_framework.distributed import World
-from mim_framework.errors import CheckpointError
 from mim_framework.optim import Optimizer, OptimSection
 from mim_framework.records import Step
 

@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from mim_framework.base.section import Section
 from mim_framework.components import Encoder, Specs
-from mim_framework.config import Section
 from mim_framework.records import Ask, EncoderSpec, Grid, Latent, Step
 from mim_framework.teachers import Teachers, TeacherSection
 

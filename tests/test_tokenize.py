@@ -14,10 +14,10 @@ import yaml
 from tiny import RECIPE
 from torch import nn
 
+from mim_framework.base.errors import DataError, MimError, RecipeError
 from mim_framework.build import build_model, make_step, preflight
 from mim_framework.components import Encoder
 from mim_framework.data.tokens import TokenCache
-from mim_framework.errors import DataError, MimError, RecipeError
 from mim_framework.evaluate.knn import KNNSection
 from mim_framework.evaluate.run import evaluate_run
 from mim_framework.functional import Renormalize, patchify

@@ -17,11 +17,11 @@ from mim_plugin_mae import MAEEncoder
 from torch import nn
 
 from mim_framework import checkpoint
+from mim_framework.base.errors import MimError, RecipeError, TrainingError
 from mim_framework.builtins.losses import MSELoss
 from mim_framework.builtins.maskers import RandomMasker
 from mim_framework.components import Objective
 from mim_framework.distributed import process_group
-from mim_framework.errors import MimError, RecipeError, TrainingError
 from mim_framework.hookspecs import hookimpl
 from mim_framework.metrics import read_metrics
 from mim_framework.recipe import load_recipe

@@ -7,9 +7,16 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import AfterValidator, Field, model_validator
 
-from mim_framework.config import Choice, Section
-from mim_framework.schedule import Schedule
-from mim_framework.validation import Problem, annotations_at, describe, fields_at, show, validate
+from mim_framework.base.schedule import Schedule
+from mim_framework.base.section import Choice, Section
+from mim_framework.base.validation import (
+    Problem,
+    annotations_at,
+    describe,
+    fields_at,
+    show,
+    validate,
+)
 
 
 def _even(number: int) -> int:

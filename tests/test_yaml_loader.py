@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mim_framework import yaml_loader
-from mim_framework.errors import RecipeError
+from mim_framework.base.errors import RecipeError
 from mim_framework.yaml_loader import MAX_DEPTH, read_scalar, read_yaml
 
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import nn
 
+from mim_framework.base.section import Section
 from mim_framework.builtins.vit import FAR, ONE_STD, init_linear
 from mim_framework.components import Decoder, Specs
-from mim_framework.config import Section
 from mim_framework.functional import gather_tokens
 from mim_framework.records import Latent, Mask, Pred, PredSpec
 

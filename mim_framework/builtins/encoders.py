@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mim_framework.base.section import Section
 from mim_framework.checkpoint import load_weights
 from mim_framework.components import Encoder, Specs
-from mim_framework.config import Section
 from mim_framework.records import Ask, EncoderSpec, Grid, Latent, Mask
 
 

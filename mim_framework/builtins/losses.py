@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss
 
+from mim_framework.base.section import Section
 from mim_framework.components import Loss, Specs
-from mim_framework.config import Section
 from mim_framework.records import Latent, Mask, Pred
 
 

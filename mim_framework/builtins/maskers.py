@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mim_framework.base.section import Section
 from mim_framework.components import Masker, Specs
-from mim_framework.config import Section
 from mim_framework.records import Grid, Mask, Masked, MaskerSpec, Step, Views
 
 

@@ -6,8 +6,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
+from mim_framework.base.section import Section
 from mim_framework.components import Specs, Target
-from mim_framework.config import Section
 from mim_framework.data.tokens import VIEW_OF_IDS
 from mim_framework.functional import gather_tokens, paste, patch_grid, patchify, unpatchify
 from mim_framework.records import Ask, Mask, Masked, Pred, Step, TargetSpec

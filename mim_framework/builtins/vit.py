@@ -17,8 +17,8 @@ from timm.layers import DropPath, Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from mim_framework.base.section import Section
 from mim_framework.components import Encoder, Specs
-from mim_framework.config import Section
 from mim_framework.functional import attend, patch_grid, sincos_position_table
 from mim_framework.records import Ask, EncoderSpec, Grid, Latent, Mask
 

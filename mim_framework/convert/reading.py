@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mim_framework.errors import CheckpointError
+from mim_framework.base.errors import CheckpointError
 
 WRAPPERS = ("model", "state_dict", "model_state", "module")
 """Keys under which training scripts keep the weights, beside an optimizer and the like; `module` is DeepSpeed's."""

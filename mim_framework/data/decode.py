@@ -28,7 +28,7 @@ from PIL import Image as pil
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mim_framework.errors import DataError
+from mim_framework.base.errors import DataError
 
 Cause = Literal["empty", "not_an_image", "truncated", "too_large", "unreadable", "unsupported"]
 Decoder = Literal["auto", "pillow", "torchcodec"]

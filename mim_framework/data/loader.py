@@ -25,12 +25,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from mim_framework import rng
+from mim_framework.base import rng
+from mim_framework.base.errors import DataError
+from mim_framework.base.section import Choice, Section
 from mim_framework.components import Source, ViewBuilder
-from mim_framework.config import Choice, Section
 from mim_framework.data.decode import BrokenImage
 from mim_framework.distributed import STOP_SIGNALS
-from mim_framework.errors import DataError
 
 TOLERATED_BROKEN = 10
 """So many broken images are accepted whatever their share, so that a run does not stop at its first batch."""

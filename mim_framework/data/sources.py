@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from mim_framework.base.errors import DataError
+from mim_framework.base.section import Section
 from mim_framework.components import Source
-from mim_framework.config import Section
 from mim_framework.data.decode import BrokenImage
-from mim_framework.errors import DataError
 from mim_framework.records import Sample
 
 # fmt: off

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mim_framework import rng
+from mim_framework.base import rng
+from mim_framework.base.errors import DataError
+from mim_framework.base.files import replace_file
 from mim_framework.components import ViewBuilder
 from mim_framework.data.decode import BrokenImage
-from mim_framework.errors import DataError
-from mim_framework.files import replace_file
 from mim_framework.records import Grid, Sample, Step, Views, ViewSpec
 
 IDS, FACTS, UNFINISHED = "ids.npy", "tokens.json", "unfinished.json"

@@ -16,8 +16,8 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
+from mim_framework.base.section import Section
 from mim_framework.components import ViewBuilder
-from mim_framework.config import Section
 from mim_framework.data.decode import (
     MAX_PIXELS,
     PILLOW_MAX_PIXELS,

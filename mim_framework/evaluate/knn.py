@@ -14,12 +14,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
-from mim_framework import rng
+from mim_framework.base import rng
+from mim_framework.base.errors import DataError
+from mim_framework.base.section import Section
 from mim_framework.components import Encoder, Source, ViewBuilder
-from mim_framework.config import Section
 from mim_framework.data.loader import evaluation_batches
 from mim_framework.distributed import World
-from mim_framework.errors import DataError
 from mim_framework.evaluate import evaluation_mode
 from mim_framework.records import EncoderSpec, Mask
 

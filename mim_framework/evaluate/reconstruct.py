@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mim_framework.base.errors import DataError, MimError
 from mim_framework.build import load_run, make_step
 from mim_framework.components import Objective, Source, Target, ViewBuilder
 from mim_framework.data.loader import evaluation_batches
-from mim_framework.errors import DataError, MimError
 from mim_framework.evaluate import evaluation_mode
 from mim_framework.objective import MaskedPrediction
 from mim_framework.records import Mask, Pred, Sample, Step

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from mim_framework import checkpoint
+from mim_framework.base.errors import CheckpointError
 from mim_framework.components import Encoder, Masker
 from mim_framework.convert import export_run, read_checkpoint
 from mim_framework.data.loader import Batch
 from mim_framework.distributed import process_group
-from mim_framework.errors import CheckpointError
 from mim_framework.hookspecs import hookimpl
 from mim_framework.metrics import read_metrics
 from mim_framework.optim import assign

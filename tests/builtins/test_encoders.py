@@ -13,10 +13,10 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.functional import linear
 
+from mim_framework.base.errors import CheckpointError, RecipeError
 from mim_framework.build import build_model, make_step
 from mim_framework.builtins.encoders import TimmEncoder
 from mim_framework.components import Specs
-from mim_framework.errors import CheckpointError, RecipeError
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 from mim_framework.records import Grid, Mask, ViewSpec

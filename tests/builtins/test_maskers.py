@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mim_framework import rng
+from mim_framework.base import rng
 from mim_framework.builtins.maskers import (
     MAX_ATTEMPTS,
     NUMBERS_PER_ATTEMPT,

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mim_framework import MimError, rng
+from mim_framework import MimError
+from mim_framework.base import rng
+from mim_framework.base.errors import RecipeError
 from mim_framework.build import build_model, load_run, make_step
 from mim_framework.distributed import process_group
-from mim_framework.errors import RecipeError
 from mim_framework.evaluate.knn import KNNSection
 from mim_framework.evaluate.run import evaluate_run
 from mim_framework.metrics import read_metrics

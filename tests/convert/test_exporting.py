@@ -11,10 +11,10 @@ import yaml
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
+from mim_framework.base.errors import CheckpointError
 from mim_framework.build import Model, build_model
 from mim_framework.checkpoint import save_checkpoint
 from mim_framework.convert import export_run, import_checkpoint
-from mim_framework.errors import CheckpointError
 from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
 from mim_framework.records import Mask

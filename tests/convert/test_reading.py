@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mim_framework.base.errors import CheckpointError
 from mim_framework.convert import read_checkpoint
-from mim_framework.errors import CheckpointError
 
 WEIGHTS = {"norm.weight": torch.tensor([1.0, 2.0])}
 

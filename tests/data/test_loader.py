@@ -15,9 +15,10 @@ import torch
 from PIL import Image as pil
 from pydantic import ValidationError
 
-from mim_framework import rng
+from mim_framework.base import rng
+from mim_framework.base.errors import DataError
+from mim_framework.base.section import Choice
 from mim_framework.components import Source
-from mim_framework.config import Choice
 from mim_framework.data import loader as loader_module
 from mim_framework.data.decode import BrokenImage
 from mim_framework.data.loader import (
@@ -31,7 +32,6 @@ from mim_framework.data.loader import (
 )
 from mim_framework.data.sources import FolderSource
 from mim_framework.data.views import ImageViews
-from mim_framework.errors import DataError
 from mim_framework.records import Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # a machine of one core

@@ -13,9 +13,9 @@ from PIL import Image as pil
 from pydantic import ValidationError
 from torchvision import datasets
 
+from mim_framework.base.errors import DataError
 from mim_framework.data.decode import BrokenImage
 from mim_framework.data.sources import DigitsSource, FolderSource, TorchvisionSource
-from mim_framework.errors import DataError
 
 
 def png(value: int) -> bytes:

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mim_framework.base.section import Section
 from mim_framework.build import build_model
 from mim_framework.checkpoint import save_checkpoint
 from mim_framework.components import Encoder, Specs, Target
-from mim_framework.config import Section
 from mim_framework.functional import patchify
 from mim_framework.recipe import dump_recipe, load_recipe
 from mim_framework.records import Ask, EncoderSpec, Grid, Latent, Mask, Masked, Step, TargetSpec

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mim_framework import rng
+from mim_framework.base import rng
+from mim_framework.base.errors import CheckpointError, DataError
 from mim_framework.build import load_run
 from mim_framework.checkpoint import find_latest, save_checkpoint
 from mim_framework.distributed import World
-from mim_framework.errors import CheckpointError, DataError
 from mim_framework.evaluate import knn
 from mim_framework.evaluate.knn import (
     KNNSection,

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from mim_framework.base.errors import DataError, MimError
 from mim_framework.build import load_run, make_step
-from mim_framework.errors import DataError, MimError
 from mim_framework.evaluate.reconstruct import draw_fixed, reconstruct, reconstruct_run
 from mim_framework.report import CAPTION_HEIGHT, GAP
 

@@ -15,11 +15,11 @@ from tiny import RECIPE
 from torch import Tensor, nn
 
 from mim_framework import Mask, checkpoint, hookimpl
+from mim_framework.base.errors import RecipeError
 from mim_framework.build import Model, build_model, load_run, make_step, preflight
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.losses import CrossEntropyLoss
 from mim_framework.check import report
-from mim_framework.errors import RecipeError
 from mim_framework.metrics import read_metrics
 from mim_framework.recipe import Recipe, load_recipe
 from mim_framework.records import Ask

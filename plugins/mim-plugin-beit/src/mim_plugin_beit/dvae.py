@@ -46,7 +46,7 @@ from mim_framework import (
     usage_picture,
     without_autocast,
 )
-from mim_framework.schedule import value_at
+from mim_framework.base.schedule import value_at
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mim_framework import Step, perplexity, rng, without_autocast
+from mim_framework import Step, perplexity, without_autocast
+from mim_framework.base import rng
 from mim_framework.distributed import World
 
 VECTORS_AT_ONCE = 4096

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mim_framework.config import AliasedSection
+from mim_framework.base.section import AliasedSection
 
 
 class Curve(AliasedSection):

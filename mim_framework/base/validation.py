@@ -9,8 +9,8 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from mim_framework.config import Choice
-from mim_framework.errors import did_you_mean
+from mim_framework.base.errors import did_you_mean
+from mim_framework.base.section import Choice
 
 KeyPath = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
