@@ -31,11 +31,12 @@ from torch import Tensor, nn
 from mim_framework.builtins.losses import MSELoss
 from mim_framework.builtins.maskers import RandomMasker
 from mim_framework.builtins.targets import PixelTarget
-from mim_framework.components import Head, Objective, Parts, Specs
-from mim_framework.distributed import World
+from mim_framework.contract.components import Head, Objective, Parts
+from mim_framework.contract.specs import Specs, ViewSpec
+from mim_framework.contract.step import Step
+from mim_framework.contract.world import World
 from mim_framework.objective import MaskedPrediction
 from mim_framework.optim import parameter_groups
-from mim_framework.records import Step, ViewSpec
 
 MODELS = {
     "base": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},

@@ -22,9 +22,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import mim_framework
-from mim_framework import hookspecs, testing
+from mim_framework import testing
 from mim_framework.base.schedule import Curve
 from mim_framework.base.section import Choice
+from mim_framework.contract import hooks
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 
@@ -35,7 +36,7 @@ HEADER = f"""\
 # Public names, each with its signature, field or default. Written by `{COMMAND}`; a test compares
 # them with the code. A line that changes needs a line in CHANGELOG.md that names it.
 """
-GIVEN = {"distributed": ["World"], "teachers": ["TeacherSession"], "run": ["Run"]}
+GIVEN = {"contract.world": ["World"], "teachers": ["TeacherSession"], "run": ["Run"]}
 """Module -> classes that a plugin does not import to use: what steps and run events hand it."""
 BOUNDS = {
     "gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "multiple of",
@@ -59,8 +60,8 @@ def surface() -> Surface:
             names |= described(name, getattr(import_module(f"mim_framework.{module}"), name))
     for name, value in testing_names().items():
         names |= described(name, value)
-    hooks = {name: f"hook {signature(hook)}" for name, hook in vars(hookspecs).items() if name.startswith("mim_")}
-    return {"names": names, "hooks": hooks, "recipe": dict(recipe_keys(Recipe)), "options": options_of_builtins()}
+    events = {name: f"hook {signature(hook)}" for name, hook in vars(hooks).items() if name.startswith("mim_")}
+    return {"names": names, "hooks": events, "recipe": dict(recipe_keys(Recipe)), "options": options_of_builtins()}
 
 
 def testing_names() -> dict[str, Any]:
@@ -238,7 +239,7 @@ def options_of_builtins() -> dict[str, str]:
     """The components that the core brings, and their options."""
     found = {}
     registry = Registry(only=())
-    for kind in hookspecs.HOOK_OF_KIND:
+    for kind in hooks.HOOK_OF_KIND:
         for name, cls in registry.classes(kind).items():
             found[f"{kind}.{name}"] = "component"
             config = getattr(cls, "Config", None)

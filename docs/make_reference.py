@@ -27,10 +27,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import mim_framework
-from mim_framework import cli, hookspecs, testing
+from mim_framework import cli, testing
 from mim_framework.base.schedule import Curve
 from mim_framework.base.section import Choice
-from mim_framework.components import KINDS, Component
+from mim_framework.contract import hooks
+from mim_framework.contract.components import KINDS, Component
 from mim_framework.plugins import RecipeInfo, Registry
 from mim_framework.recipe import Recipe
 from mim_framework.yaml_loader import read_yaml
@@ -139,14 +140,22 @@ def item(head: str, text: str) -> str:
 # --- names of the framework ------------------------------------------------------------------------------------------
 
 
+PAGE_OF_MODULE = {
+    **dict.fromkeys(("contract.records", "contract.mask", "contract.specs", "contract.step"), "records"),
+    "base.errors": "errors",
+    "base.schedule": "schedule",
+}
+"""Modules whose classes stand together on a page of their own."""
+
+
 def exported(page: str) -> Iterator[tuple[str, Any]]:
     """The public names that stand on a page, in the order in which they are exported."""
     for name, module in mim_framework._MODULE_OF.items():
         value = getattr(mim_framework, name)
         if inspect.isfunction(value):
             home = "functional"
-        elif module in ("records", "errors", "schedule", "functional"):
-            home = module
+        elif module in PAGE_OF_MODULE:
+            home = PAGE_OF_MODULE[module]
         else:
             home = "classes" if inspect.isclass(value) else "constants"
         if home == page:
@@ -230,12 +239,12 @@ def attributes(cls: type) -> Iterator[str]:
 
 def hooks_page() -> str:
     """Every hook spec, the registering ones first."""
-    hooks = {name: hook for name, hook in vars(hookspecs).items() if name.startswith("mim_")}
-    blocks = [markdown(hookspecs.__doc__)]
+    specs = {name: hook for name, hook in vars(hooks).items() if name.startswith("mim_")}
+    blocks = [markdown(hooks.__doc__)]
     for title, registers in (("Components", True), ("Run events", False)):
         blocks.append(f"## {title}")
-        for name, hook in hooks.items():
-            if (name in hookspecs.HOOK_OF_KIND.values()) == registers:
+        for name, hook in specs.items():
+            if (name in hooks.HOOK_OF_KIND.values()) == registers:
                 typed = signature(hook).replace("c.", "")
                 blocks.append(f"### `{name}`\n\n```python\n{name}{typed}\n```\n\n{markdown(hook.__doc__)}")
     return joined("Hooks", *blocks)
@@ -246,7 +255,7 @@ def components_page() -> str:
     bases = {cls.__name__: cls for cls in (Component, *KINDS.values())}
     return joined(
         "Components",
-        markdown(import_module("mim_framework.components").__doc__),
+        markdown(import_module("mim_framework.contract.components").__doc__),
         *(entry(name, cls) for name, cls in bases.items()),
         *(entry(name, cls) for name, cls in exported("classes") if name not in bases),
     )
@@ -254,7 +263,7 @@ def components_page() -> str:
 
 def records_page() -> str:
     """The records."""
-    doc = import_module("mim_framework.records").__doc__
+    doc = import_module("mim_framework.contract.records").__doc__
     return joined("Records", markdown(doc), *(entry(name, value) for name, value in exported("records")))
 
 
@@ -393,7 +402,7 @@ def installed_page(registry: Registry) -> str:
     if failures := registry.load_all():
         raise SystemExit("\n".join(map(str, failures.values())))
     table = ["| kind | names |", "|---|---|"]
-    for kind in hookspecs.HOOK_OF_KIND:
+    for kind in hooks.HOOK_OF_KIND:
         links = [f"[`{name}`](#{kind}-{name})" for name in sorted(registry.classes(kind))]
         table.append(f"| {kind} | {', '.join(links)} |")
     blocks = ["\n".join(table)]
@@ -481,7 +490,7 @@ def undocumented_names() -> Iterator[str]:
     for module, names in GIVEN.items():
         for name in names:
             yield from undocumented_members(getattr(import_module(f"mim_framework.{module}"), name))
-    yield from (name for name, hook in vars(hookspecs).items() if name.startswith("mim_") and not hook.__doc__)
+    yield from (name for name, hook in vars(hooks).items() if name.startswith("mim_") and not hook.__doc__)
 
 
 def undocumented_members(cls: type) -> Iterator[str]:
@@ -502,7 +511,7 @@ def undocumented_keys(model: type[BaseModel], where: str) -> Iterator[str]:
 
 def undocumented_components(registry: Registry) -> Iterator[str]:
     """Components without a docstring, and options without help."""
-    for kind in hookspecs.HOOK_OF_KIND:
+    for kind in hooks.HOOK_OF_KIND:
         for name, cls in registry.classes(kind).items():
             if not vars(cls).get("__doc__"):
                 yield f"{kind} {name}"

@@ -11,17 +11,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "hookspecs": ["hookimpl"],
+    "contract.hooks": ["hookimpl"],
     "base.section": ["Section"],
     "base.errors": ["MimError", "RecipeError", "PluginError", "DataError", "CheckpointError", "TrainingError"],
     "base.schedule": ["Schedule", "Curve", "extremes"],
-    "records": [
-        "Ask", "EncoderSpec", "Grid", "Latent", "Mask", "Masked", "MaskerSpec", "Pred", "PredSpec", "Sample", "Step",
-        "TargetSpec", "Views", "ViewSpec",
-    ],
-    "components": [
+    "contract.records": ["Ask", "Latent", "Masked", "Pred", "Sample", "Views"],
+    "contract.specs": ["EncoderSpec", "MaskerSpec", "PredSpec", "TargetSpec", "ViewSpec", "Specs"],
+    "contract.mask": ["Grid", "Mask"],
+    "contract.step": ["Step"],
+    "contract.components": [
         "API_VERSION", "CheckpointFormat", "Component", "Decoder", "Encoder", "Head", "Loss", "Masker", "Objective",
-        "Parts", "Source", "Specs", "Target", "ViewBuilder",
+        "Parts", "Source", "Target", "ViewBuilder",
     ],
     "objective": ["MaskedPrediction"],
     "functional": [

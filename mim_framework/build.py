@@ -24,7 +24,7 @@ from mim_framework.base.errors import (
 )
 from mim_framework.base.section import Choice
 from mim_framework.checkpoint import Checkpoint, find_latest, load, load_weights
-from mim_framework.components import (
+from mim_framework.contract.components import (
     Component,
     Decoder,
     Encoder,
@@ -34,18 +34,19 @@ from mim_framework.components import (
     Objective,
     Parts,
     Source,
-    Specs,
     Target,
     ViewBuilder,
 )
+from mim_framework.contract.specs import EncoderSpec, MaskerSpec, Specs
+from mim_framework.contract.step import Step
+from mim_framework.contract.world import World
 from mim_framework.data.tokens import CachedTokenViews, TokenCache
-from mim_framework.distributed import World, choose_device
+from mim_framework.distributed import choose_device
 from mim_framework.evaluate.knn import check_pool
 from mim_framework.functional import Renormalize
 from mim_framework.optim import Optimizer, assign
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, load_recipe
-from mim_framework.records import EncoderSpec, MaskerSpec, Step
 from mim_framework.teachers import Teachers, TeacherSection
 from mim_framework.yaml_loader import read_yaml
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from mim_framework.records import Grid, Mask, ViewSpec
+from mim_framework.contract.mask import Grid, Mask
+from mim_framework.contract.specs import ViewSpec
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -8,8 +8,15 @@ from operator import or_
 from torch import Tensor, nn
 
 from mim_framework.base.section import Section
-from mim_framework.components import Objective, Parts
-from mim_framework.records import Ask, Latent, Mask, Masked, Step, Views
+from mim_framework.contract.components import Objective, Parts
+from mim_framework.contract.mask import Mask
+from mim_framework.contract.records import (
+    Ask,
+    Latent,
+    Masked,
+    Views,
+)
+from mim_framework.contract.step import Step
 
 
 class MaskedPrediction(Objective):

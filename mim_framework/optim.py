@@ -14,7 +14,7 @@ from torch import nn
 from mim_framework.base.errors import did_you_mean
 from mim_framework.base.schedule import Curve, Schedule, extremes
 from mim_framework.base.section import Section
-from mim_framework.records import Step
+from mim_framework.contract.step import Step
 
 
 class OptimSection(Section):

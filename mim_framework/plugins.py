@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from mim_framework import __version__, hookspecs
+from mim_framework import __version__
 from mim_framework.base.errors import PluginError, RecipeError, did_you_mean
+from mim_framework.contract import hooks
 from mim_framework.static_reader import Reading, Unreadable, locate, read_constant, read_plugin
 
 if TYPE_CHECKING:
@@ -339,7 +340,7 @@ class Registry:
             if not self._is_enabled(entry) and entry.info().offers(kind, short):
                 plugin = entry.point.name
                 return UnknownName(f"{kind} '{short}' comes from plugin '{plugin}', which is switched off; {_SWITCHES}")
-        for other in hookspecs.HOOK_OF_KIND:
+        for other in hooks.HOOK_OF_KIND:
             if any(info.offers(other, short) for info in infos):
                 return UnknownName(f"'{short}' is a component of kind {other}, not {kind}. Installed: {_list(names)}")
         package = "" if owner else _missing_package(short)
@@ -413,7 +414,7 @@ def _fault(plugin: str, distribution: str, what: str, cure: str, leave_out: str 
 
 
 def _api_fault(plugin: str, distribution: str, requires_api: object) -> str:
-    api = read_constant("mim_framework.components", "API_VERSION")
+    api = read_constant("mim_framework.contract.components", "API_VERSION")
     if requires_api is None or str(requires_api) == api:
         return ""
     what = f"it is made for plugin API {requires_api}, and mim-framework {__version__} has plugin API {api}"
@@ -530,8 +531,8 @@ def _import(info: PluginInfo) -> ModuleType:
 
 
 def _new_manager() -> pluggy.PluginManager:
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
+    manager = pluggy.PluginManager(hooks.PROJECT)
+    manager.add_hookspecs(hooks)
     return manager
 
 
@@ -549,7 +550,7 @@ def _registered(info: PluginInfo, module: ModuleType) -> dict[str, list[type]]:
             kind: _distinct(
                 [_checked(kind, cls) for classes in getattr(manager.hook, hook)() for cls in _as_list(hook, classes)]
             )
-            for kind, hook in hookspecs.HOOK_OF_KIND.items()
+            for kind, hook in hooks.HOOK_OF_KIND.items()
         }
     except (Exception, SystemExit) as error:
         known = isinstance(error, pluggy.PluginValidationError | _Refused)
@@ -578,9 +579,9 @@ def _distinct(classes: list[type]) -> list[type]:
 
 def _checked(kind: str, cls: Any) -> type:
     from mim_framework.base.section import Section
-    from mim_framework.components import KINDS
+    from mim_framework.contract.components import KINDS
 
-    hook, base = hookspecs.HOOK_OF_KIND[kind], KINDS[kind]
+    hook, base = hooks.HOOK_OF_KIND[kind], KINDS[kind]
     if not isinstance(cls, type):
         if isinstance(cls, tuple(KINDS.values())):
             raise _Refused(f"{hook}() returned an instance of {type(cls).__name__}; return the class itself")

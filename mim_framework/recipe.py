@@ -28,9 +28,9 @@ from mim_framework.base.validation import (
     validate,
 )
 from mim_framework.checkpoint import CheckpointSection
+from mim_framework.contract.hooks import HOOK_OF_KIND
 from mim_framework.data.loader import DataSection
 from mim_framework.evaluate.knn import EvaluateSection
-from mim_framework.hookspecs import HOOK_OF_KIND
 from mim_framework.metrics import LogSection
 from mim_framework.optim import OptimSection
 from mim_framework.plugins import Registry, UnknownName

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from torch import Tensor
 
-from mim_framework.records import Grid
+from mim_framework.contract.mask import Grid
 
 if TYPE_CHECKING:
     from mim_framework.metrics import Throughput

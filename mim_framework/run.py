@@ -25,12 +25,12 @@ from mim_framework.base.precision import uses_bfloat16
 from mim_framework.base.schedule import epoch_of
 from mim_framework.build import Model
 from mim_framework.checkpoint import list_checkpoints
-from mim_framework.components import Source
+from mim_framework.contract.components import Source
+from mim_framework.contract.step import Step
+from mim_framework.contract.world import World
 from mim_framework.data.loader import Batch, BatchLayout
-from mim_framework.distributed import World
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, dump_recipe, load_recipe
-from mim_framework.records import Step
 
 MAY_CHANGE = (
     "description", "output_dir", "init", "data.workers", "data.prefetch_factor", "data.source.root", "data.max_broken",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mim_framework.base.errors import CheckpointError
 from mim_framework.checkpoint import Checkpoint
-from mim_framework.distributed import World, gather_full, like
+from mim_framework.contract.world import World
+from mim_framework.distributed import gather_full, like
 from mim_framework.optim import Optimizer
 
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from mim_framework import hookspecs
 from mim_framework.base.errors import did_you_mean
-from mim_framework.hookspecs import HOOK_OF_KIND
+from mim_framework.contract import hooks
+from mim_framework.contract.hooks import HOOK_OF_KIND
 
 KIND_OF_HOOK = {hook: kind for kind, hook in HOOK_OF_KIND.items()}
-HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("mim_"))
+HOOKS = tuple(name for name in vars(hooks) if name.startswith("mim_"))
 EVENTS = tuple(hook for hook in HOOKS if hook not in KIND_OF_HOOK)
 MAX_FOLLOW = 20  # imports or base classes followed from one name; a longer chain is a circle
 

@@ -19,9 +19,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mim_framework.base.schedule import Schedule, extremes
 from mim_framework.base.section import AliasedSection, Choice
-from mim_framework.components import Component, Encoder, Head
+from mim_framework.contract.components import Component, Encoder, Head
+from mim_framework.contract.mask import Mask
+from mim_framework.contract.records import Ask, Latent
+from mim_framework.contract.step import Step
 from mim_framework.distributed import local
-from mim_framework.records import Ask, Latent, Mask, Step
 
 
 class TeacherSection(AliasedSection):

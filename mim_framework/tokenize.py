@@ -13,14 +13,14 @@ from torch import Tensor
 from mim_framework.base.errors import DataError, RecipeError
 from mim_framework.base.precision import uses_bfloat16
 from mim_framework.build import Model, build_model, build_source, decides_pixels, make_step
-from mim_framework.components import Source, Target
+from mim_framework.contract.components import Source, Target
+from mim_framework.contract.records import Masked
 from mim_framework.data.decode import BrokenImage
 from mim_framework.data.loader import TrainingReader, prefetch
 from mim_framework.data.tokens import TokenFacts, TokenWriter
 from mim_framework.distributed import choose_device, compile_blocks
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
-from mim_framework.records import Masked
 
 BATCH_SIZE = 64
 """Images per forward pass where the recipe has no `train.batch_size`."""

@@ -23,12 +23,12 @@ from mim_framework import checkpoint, state
 from mim_framework.base import rng
 from mim_framework.base.errors import CheckpointError, DataError, TrainingError
 from mim_framework.build import build_model, build_optimizers, build_source, preflight
-from mim_framework.components import Component
+from mim_framework.contract.components import Component
+from mim_framework.contract.world import World
 from mim_framework.data.loader import Batch, Loader
 from mim_framework.data.tokens import CachedTokenViews
 from mim_framework.distributed import (
     STOP_SIGNALS,
-    World,
     compile_blocks,
     gradient_sync,
     process_group,

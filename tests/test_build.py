@@ -24,9 +24,27 @@ from mim_framework.build import (
 )
 from mim_framework.builtins.maskers import RandomMasker
 from mim_framework.checkpoint import save_checkpoint
-from mim_framework.components import Decoder, Encoder, Loss, Objective, Target
+from mim_framework.contract.components import (
+    Decoder,
+    Encoder,
+    Loss,
+    Objective,
+    Target,
+)
+from mim_framework.contract.mask import Grid, Mask
+from mim_framework.contract.records import (
+    Ask,
+    Latent,
+    Masked,
+    Pred,
+)
+from mim_framework.contract.specs import (
+    EncoderSpec,
+    MaskerSpec,
+    PredSpec,
+    TargetSpec,
+)
 from mim_framework.recipe import dump_recipe, load_recipe
-from mim_framework.records import Ask, EncoderSpec, Grid, Latent, Mask, Masked, MaskerSpec, Pred, PredSpec, TargetSpec
 from mim_framework.testing import RegistryWith
 
 GRID = Grid((4, 4))

@@ -28,26 +28,36 @@ from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.losses import CrossEntropyLoss, MSELoss
 from mim_framework.builtins.maskers import RandomMasker, mask_from_noise
 from mim_framework.check import report
-from mim_framework.components import Decoder, Encoder, Loss, Masker, Objective, Source, Target, ViewBuilder
-from mim_framework.data.views import ImageViews
-from mim_framework.distributed import local, process_group
-from mim_framework.functional import gather_tokens, patchify, unpatchify
-from mim_framework.hookspecs import hookimpl
-from mim_framework.metrics import read_metrics
-from mim_framework.recipe import load_recipe
-from mim_framework.records import (
+from mim_framework.contract.components import (
+    Decoder,
+    Encoder,
+    Loss,
+    Masker,
+    Objective,
+    Source,
+    Target,
+    ViewBuilder,
+)
+from mim_framework.contract.hooks import hookimpl
+from mim_framework.contract.mask import Grid, Mask
+from mim_framework.contract.records import (
     Ask,
-    EncoderSpec,
-    Grid,
     Latent,
-    Mask,
     Masked,
-    MaskerSpec,
     Pred,
     Sample,
+)
+from mim_framework.contract.specs import (
+    EncoderSpec,
+    MaskerSpec,
     TargetSpec,
     ViewSpec,
 )
+from mim_framework.data.views import ImageViews
+from mim_framework.distributed import local, process_group
+from mim_framework.functional import gather_tokens, patchify, unpatchify
+from mim_framework.metrics import read_metrics
+from mim_framework.recipe import load_recipe
 from mim_framework.run import run_directory
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.testing.contract import same, state_of

@@ -17,7 +17,16 @@ from torch.distributed.launcher import api as launcher
 
 from mim_framework import cli
 from mim_framework.base.errors import CheckpointError, MimError, RecipeError
-from mim_framework.distributed import World, choose_device, gather_full, launch, like, process_group, shard, wrap
+from mim_framework.contract.world import World
+from mim_framework.distributed import (
+    choose_device,
+    gather_full,
+    launch,
+    like,
+    process_group,
+    shard,
+    wrap,
+)
 from mim_framework.testing import run_ranks
 
 

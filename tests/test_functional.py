@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from mim_framework.contract.mask import Grid
 from mim_framework.functional import (
     attend,
     gather_tokens,
@@ -16,7 +17,6 @@ from mim_framework.functional import (
     unpatchify,
     usage_picture,
 )
-from mim_framework.records import Grid
 
 
 def test_patchify_by_hand_has_channels_fastest():

@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from mim_framework.contract.step import Step
 from mim_framework.optim import (
     Optimizer,
     OptimSection,
@@ -15,7 +16,6 @@ from mim_framework.optim import (
     parameter_groups,
     transformer_layer_id,
 )
-from mim_framework.records import Step
 
 
 def step_at(epoch: float, epochs: float = 10.0) -> Step:

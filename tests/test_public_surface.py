@@ -12,7 +12,8 @@ from make_public_names import CHANGELOG, COMMAND, PAGE, changes, described, main
 from pydantic import Field
 
 import mim_framework
-from mim_framework import Mask, Section, records
+from mim_framework import Mask, Section
+from mim_framework.contract import mask, records, specs, step
 from mim_framework.static_reader import HOOKS
 
 
@@ -26,8 +27,10 @@ def test_the_file_of_public_names_is_what_the_code_offers():
 def test_every_exported_name_every_record_and_every_hook_is_listed():
     listed = read(PAGE.read_text())
     assert set(mim_framework.__all__) - {"__version__"} <= listed["names"].keys()
-    public = {name for name, value in vars(records).items() if dataclasses.is_dataclass(value) and name[0] != "_"}
-    assert {name for name in public if vars(records)[name].__module__ == records.__name__} <= listed["names"].keys()
+    for module in (mask, records, specs, step):
+        own = {name: value for name, value in vars(module).items() if dataclasses.is_dataclass(value)}
+        public = {name for name, value in own.items() if name[0] != "_" and value.__module__ == module.__name__}
+        assert public <= listed["names"].keys()
     assert listed["hooks"].keys() == set(HOOKS)
     assert {"name", "heads.NAME.weight", "phases.N.optimizers", "train.steps"} <= listed["recipe"].keys()
     assert "masker.random.mask_ratio" in listed["options"]

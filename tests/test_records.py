@@ -7,8 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mim_framework.distributed import World
-from mim_framework.records import Ask, EncoderSpec, Grid, Mask, Masked, Pred, Step, ViewSpec
+from mim_framework.contract.mask import Grid, Mask
+from mim_framework.contract.records import Ask, Masked, Pred
+from mim_framework.contract.specs import EncoderSpec, ViewSpec
+from mim_framework.contract.step import Step
+from mim_framework.contract.world import World
 
 GRID = Grid((2, 2))
 

@@ -29,9 +29,10 @@ from make_reference import (
 from pydantic import Field
 
 import mim_framework
-from mim_framework import Loss, Schedule, Section, hookspecs
+from mim_framework import Loss, Schedule, Section
 from mim_framework.base.section import Choice
 from mim_framework.cli import main
+from mim_framework.contract import hooks
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 
@@ -77,9 +78,9 @@ def test_every_public_name_is_a_heading_of_one_page():
 
 def test_every_hook_component_recipe_and_command_is_on_its_page():
     registry = house_plugins()
-    for hook in (name for name in vars(hookspecs) if name.startswith("mim_")):
+    for hook in (name for name in vars(hooks) if name.startswith("mim_")):
         assert f"\n### `{hook}`\n" in PAGES["hooks.md"]
-    for kind in hookspecs.HOOK_OF_KIND:
+    for kind in hooks.HOOK_OF_KIND:
         for name, cls in registry.classes(kind).items():
             _, _, entry = PAGES["installed.md"].partition(f"\n### {kind} `{name}`\n")
             own = re.split(r"\n##", entry)[0]
@@ -192,7 +193,7 @@ def test_a_hook_and_a_method_without_a_docstring_are_found(monkeypatch):
         @property
         def hidden(self) -> int: ...
 
-    monkeypatch.setattr(hookspecs, "mim_secrets", mim_secrets, raising=False)
+    monkeypatch.setattr(hooks, "mim_secrets", mim_secrets, raising=False)
     monkeypatch.setattr(Section, "__doc__", None)
     assert list(undocumented_names()) == ["Section", "mim_secrets"]
     assert list(undocumented_members(Base)) == ["Base.told", "Base.hidden"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mim_framework.records import Grid
+from mim_framework.contract.mask import Grid
 from mim_framework.report import CAPTION_HEIGHT, GAP, Progress, mask_image, reconstruction_picture, summary
 
 SPEED = {"images_per_s": 812.4, "step_s": 0.5, "wait_share": 0.034}

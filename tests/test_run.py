@@ -24,9 +24,9 @@ from mim_framework.base.errors import (
     RecipeError,
 )
 from mim_framework.base.precision import uses_bfloat16
+from mim_framework.contract.hooks import hookimpl
+from mim_framework.contract.world import World
 from mim_framework.data.sources import DigitsSource
-from mim_framework.distributed import World
-from mim_framework.hookspecs import hookimpl
 from mim_framework.metrics import read_metrics
 from mim_framework.recipe import load_recipe
 from mim_framework.run import (

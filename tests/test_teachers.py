@@ -8,8 +8,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from mim_framework.base.section import Section
-from mim_framework.components import Encoder, Specs
-from mim_framework.records import Ask, EncoderSpec, Grid, Latent, Step
+from mim_framework.contract.components import Encoder
+from mim_framework.contract.mask import Grid
+from mim_framework.contract.records import Ask, Latent
+from mim_framework.contract.specs import EncoderSpec, Specs
+from mim_framework.contract.step import Step
 from mim_framework.teachers import Teachers, TeacherSection
 
 GRID = Grid((2,))

@@ -16,14 +16,16 @@ from torch import nn
 
 from mim_framework.base.errors import DataError, MimError, RecipeError
 from mim_framework.build import build_model, make_step, preflight
-from mim_framework.components import Encoder
+from mim_framework.contract.components import Encoder
+from mim_framework.contract.mask import Grid
+from mim_framework.contract.records import Ask, Latent
+from mim_framework.contract.specs import EncoderSpec, ViewSpec
 from mim_framework.data.tokens import TokenCache
 from mim_framework.evaluate.knn import KNNSection
 from mim_framework.evaluate.run import evaluate_run
 from mim_framework.functional import Renormalize, patchify
 from mim_framework.metrics import read_metrics
 from mim_framework.recipe import load_recipe
-from mim_framework.records import Ask, EncoderSpec, Grid, Latent, ViewSpec
 from mim_framework.testing import RegistryWith
 from mim_framework.tokenize import tokenize
 from mim_framework.trainer import train

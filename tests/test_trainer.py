@@ -20,12 +20,12 @@ from mim_framework import checkpoint
 from mim_framework.base.errors import MimError, RecipeError, TrainingError
 from mim_framework.builtins.losses import MSELoss
 from mim_framework.builtins.maskers import RandomMasker
-from mim_framework.components import Objective
+from mim_framework.contract.components import Objective
+from mim_framework.contract.hooks import hookimpl
+from mim_framework.contract.records import Ask
 from mim_framework.distributed import process_group
-from mim_framework.hookspecs import hookimpl
 from mim_framework.metrics import read_metrics
 from mim_framework.recipe import load_recipe
-from mim_framework.records import Ask
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.trainer import Trainer, train
 

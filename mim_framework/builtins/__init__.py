@@ -8,9 +8,9 @@ from mim_framework.builtins.losses import CosineLoss, CrossEntropyLoss, L1Loss, 
 from mim_framework.builtins.maskers import BlockMasker, NoMasker, RandomMasker
 from mim_framework.builtins.targets import FeatureTarget, PixelTarget, TokenTarget
 from mim_framework.builtins.vit import MaskTokenViT
+from mim_framework.contract.hooks import hookimpl
 from mim_framework.data.sources import DigitsSource, FolderSource, TorchvisionSource
 from mim_framework.data.views import ImageViews
-from mim_framework.hookspecs import hookimpl
 from mim_framework.objective import MaskedPrediction
 
 

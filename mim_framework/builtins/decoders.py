@@ -8,9 +8,11 @@ from torch import nn
 
 from mim_framework.base.section import Section
 from mim_framework.builtins.vit import FAR, ONE_STD, init_linear
-from mim_framework.components import Decoder, Specs
+from mim_framework.contract.components import Decoder
+from mim_framework.contract.mask import Mask
+from mim_framework.contract.records import Latent, Pred
+from mim_framework.contract.specs import PredSpec, Specs
 from mim_framework.functional import gather_tokens
-from mim_framework.records import Latent, Mask, Pred, PredSpec
 
 
 class LinearDecoder(Decoder):

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from mim_framework.base.section import Section
 from mim_framework.checkpoint import load_weights
-from mim_framework.components import Encoder, Specs
-from mim_framework.records import Ask, EncoderSpec, Grid, Latent, Mask
+from mim_framework.contract.components import Encoder
+from mim_framework.contract.mask import Grid, Mask
+from mim_framework.contract.records import Ask, Latent
+from mim_framework.contract.specs import EncoderSpec, Specs
 
 
 class TimmEncoder(Encoder):

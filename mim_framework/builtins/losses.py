@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss
 
 from mim_framework.base.section import Section
-from mim_framework.components import Loss, Specs
-from mim_framework.records import Latent, Mask, Pred
+from mim_framework.contract.components import Loss
+from mim_framework.contract.mask import Mask
+from mim_framework.contract.records import Latent, Pred
+from mim_framework.contract.specs import Specs
 
 
 def align(pred: Pred, target: Tensor | Pred) -> tuple[Tensor, Tensor]:

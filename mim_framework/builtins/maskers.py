@@ -11,8 +11,11 @@ from pydantic import Field
 from torch import Tensor
 
 from mim_framework.base.section import Section
-from mim_framework.components import Masker, Specs
-from mim_framework.records import Grid, Mask, Masked, MaskerSpec, Step, Views
+from mim_framework.contract.components import Masker
+from mim_framework.contract.mask import Grid, Mask
+from mim_framework.contract.records import Masked, Views
+from mim_framework.contract.specs import MaskerSpec, Specs
+from mim_framework.contract.step import Step
 
 
 def mask_from_noise(noise: Tensor, num_keep: int, grid: Grid) -> Mask:

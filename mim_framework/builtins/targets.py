@@ -7,10 +7,13 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from mim_framework.base.section import Section
-from mim_framework.components import Specs, Target
+from mim_framework.contract.components import Target
+from mim_framework.contract.mask import Mask
+from mim_framework.contract.records import Ask, Masked, Pred
+from mim_framework.contract.specs import Specs, TargetSpec
+from mim_framework.contract.step import Step
 from mim_framework.data.tokens import VIEW_OF_IDS
 from mim_framework.functional import gather_tokens, paste, patch_grid, patchify, unpatchify
-from mim_framework.records import Ask, Mask, Masked, Pred, Step, TargetSpec
 
 
 def normalize_patches(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:

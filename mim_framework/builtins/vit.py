@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from mim_framework.base.section import Section
-from mim_framework.components import Encoder, Specs
+from mim_framework.contract.components import Encoder
+from mim_framework.contract.mask import Grid, Mask
+from mim_framework.contract.records import Ask, Latent
+from mim_framework.contract.specs import EncoderSpec, Specs
 from mim_framework.functional import attend, patch_grid, sincos_position_table
-from mim_framework.records import Ask, EncoderSpec, Grid, Latent, Mask
 
 NORM_EPS = 1e-6
 ONE_STD, FAR = 0.02, 2.0

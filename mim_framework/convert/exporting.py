@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from mim_framework.base.errors import CheckpointError
 from mim_framework.build import build_model, load_into
-from mim_framework.components import CheckpointFormat
+from mim_framework.contract.components import CheckpointFormat
 from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
 

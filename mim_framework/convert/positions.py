@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mim_framework.records import Grid
+from mim_framework.contract.mask import Grid
 
 
 def resize_position_table(table: Tensor, old: Grid, new: Grid) -> Tensor:

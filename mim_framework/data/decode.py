@@ -31,7 +31,7 @@ from torch.nn.functional import interpolate
 from mim_framework.base.errors import DataError
 
 Cause = Literal["empty", "not_an_image", "truncated", "too_large", "unreadable", "unsupported"]
-Decoder = Literal["auto", "pillow", "torchcodec"]
+JpegBackend = Literal["auto", "pillow", "torchcodec"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos"]
 
 MAX_PIXELS = 64_000_000
@@ -74,7 +74,7 @@ def open_image(
     name: str,
     *,
     max_pixels: int = MAX_PIXELS,
-    decoder: Decoder = "auto",
+    decoder: JpegBackend = "auto",
     scaled_decode: bool = True,
 ) -> Image:
     """Read the header of an image; its pixels are decoded when `Image.crop` asks for them.
@@ -345,7 +345,7 @@ def _broken(name: str, error: Exception) -> BrokenImage:
 
 
 @cache
-def jpeg_decoder(decoder: Decoder) -> Callable[[bytes], Tensor] | None:
+def jpeg_decoder(decoder: JpegBackend) -> Callable[[bytes], Tensor] | None:
     """torchcodec's decoder of whole JPEGs, or None where Pillow does it.
 
     Raises:

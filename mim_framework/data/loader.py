@@ -28,7 +28,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from mim_framework.base import rng
 from mim_framework.base.errors import DataError
 from mim_framework.base.section import Choice, Section
-from mim_framework.components import Source, ViewBuilder
+from mim_framework.contract.components import Source, ViewBuilder
 from mim_framework.data.decode import BrokenImage
 from mim_framework.distributed import STOP_SIGNALS
 

@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 
 from mim_framework.base.errors import DataError
 from mim_framework.base.section import Section
-from mim_framework.components import Source
+from mim_framework.contract.components import Source
+from mim_framework.contract.records import Sample
 from mim_framework.data.decode import BrokenImage
-from mim_framework.records import Sample
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset([

@@ -17,17 +17,19 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from mim_framework.base.section import Section
-from mim_framework.components import ViewBuilder
+from mim_framework.contract.components import ViewBuilder
+from mim_framework.contract.records import Sample, Views
+from mim_framework.contract.specs import ViewSpec
+from mim_framework.contract.step import Step
 from mim_framework.data.decode import (
     MAX_PIXELS,
     PILLOW_MAX_PIXELS,
-    Decoder,
     Image,
     Interpolation,
+    JpegBackend,
     jpeg_decoder,
     open_image,
 )
-from mim_framework.records import Sample, Step, Views, ViewSpec
 
 HUE = 3
 """Place of the hue among the strengths of `jitter_color`."""
@@ -156,7 +158,7 @@ class ImageViews(ViewBuilder):
         """Standard deviation of each channel by which is divided, for pixels in [0, 1]."""
         max_pixels: int = Field(MAX_PIXELS, gt=0, le=PILLOW_MAX_PIXELS)
         """An image whose header claims more pixels is counted as broken, before anything of it is decoded."""
-        decoder: Decoder = "auto"
+        decoder: JpegBackend = "auto"
         """What decodes plain JPEGs: pillow, torchcodec (pip install 'mim-framework[fast]'), or auto: the faster one
         that is installed. The pixels are the same; all other formats go through Pillow."""
         scaled_decode: bool = True

@@ -17,11 +17,12 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 from mim_framework.base import rng
 from mim_framework.base.errors import DataError
 from mim_framework.base.section import Section
-from mim_framework.components import Encoder, Source, ViewBuilder
+from mim_framework.contract.components import Encoder, Source, ViewBuilder
+from mim_framework.contract.mask import Mask
+from mim_framework.contract.specs import EncoderSpec
+from mim_framework.contract.world import World
 from mim_framework.data.loader import evaluation_batches
-from mim_framework.distributed import World
 from mim_framework.evaluate import evaluation_mode
-from mim_framework.records import EncoderSpec, Mask
 
 MAX_RAW_SIDE = 32
 """Raw pixels are compared at this size at most, as larger images would not fit into memory."""

@@ -12,11 +12,18 @@ from torch import Tensor
 
 from mim_framework.base.errors import DataError, MimError
 from mim_framework.build import load_run, make_step
-from mim_framework.components import Objective, Source, Target, ViewBuilder
+from mim_framework.contract.components import (
+    Objective,
+    Source,
+    Target,
+    ViewBuilder,
+)
+from mim_framework.contract.mask import Mask
+from mim_framework.contract.records import Pred, Sample
+from mim_framework.contract.step import Step
 from mim_framework.data.loader import evaluation_batches
 from mim_framework.evaluate import evaluation_mode
 from mim_framework.objective import MaskedPrediction
-from mim_framework.records import Mask, Pred, Sample, Step
 from mim_framework.report import mask_image, reconstruction_picture
 
 if TYPE_CHECKING:

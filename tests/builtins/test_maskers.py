@@ -16,8 +16,9 @@ from mim_framework.builtins.maskers import (
     draw_blocks,
     mask_from_noise,
 )
-from mim_framework.components import Specs
-from mim_framework.records import EncoderSpec, Grid, Step, ViewSpec
+from mim_framework.contract.mask import Grid
+from mim_framework.contract.specs import EncoderSpec, Specs, ViewSpec
+from mim_framework.contract.step import Step
 
 
 def specs(img_size: int = 64, stride: int = 16) -> Specs:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from mim_framework import DataError, Grid, Mask, Pred, RecipeError, Sample
 from mim_framework.build import build_model, exempt_names, load_run, make_step
 from mim_framework.check import report
+from mim_framework.contract.world import World
 from mim_framework.data.loader import evaluation_batches
-from mim_framework.distributed import World
 from mim_framework.metrics import read_metrics
 from mim_framework.optim import parameter_groups
 from mim_framework.plugins import Registry

@@ -14,10 +14,10 @@ from timm.models.vision_transformer import VisionTransformer
 from mim_framework.base.errors import CheckpointError
 from mim_framework.build import Model, build_model
 from mim_framework.checkpoint import save_checkpoint
+from mim_framework.contract.mask import Mask
 from mim_framework.convert import export_run, import_checkpoint
 from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
-from mim_framework.records import Mask
 
 RECIPE = {
     "name": "run",

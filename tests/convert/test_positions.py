@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mim_framework.contract.mask import Grid
 from mim_framework.convert import resize_bias_table, resize_position_table
 from mim_framework.convert.positions import _geometric_distances
-from mim_framework.records import Grid
 
 
 def test_the_same_grid_changes_nothing():

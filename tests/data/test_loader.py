@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from mim_framework.base import rng
 from mim_framework.base.errors import DataError
 from mim_framework.base.section import Choice
-from mim_framework.components import Source
+from mim_framework.contract.components import Source
+from mim_framework.contract.records import Sample
 from mim_framework.data import loader as loader_module
 from mim_framework.data.decode import BrokenImage
 from mim_framework.data.loader import (
@@ -32,7 +33,6 @@ from mim_framework.data.loader import (
 )
 from mim_framework.data.sources import FolderSource
 from mim_framework.data.views import ImageViews
-from mim_framework.records import Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # a machine of one core
 

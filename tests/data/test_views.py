@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torchvision import transforms
 
 from mim_framework.base.errors import DataError
+from mim_framework.contract.records import Sample
 from mim_framework.data.decode import jpeg_decoder
 from mim_framework.data.views import (
     NUM_CROP_RANDOM,
@@ -20,7 +21,6 @@ from mim_framework.data.views import (
     random_resized_crop_box,
     resized_center_crop,
 )
-from mim_framework.records import Sample
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 

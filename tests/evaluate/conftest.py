@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from mim_framework.base.section import Section
 from mim_framework.build import build_model
 from mim_framework.checkpoint import save_checkpoint
-from mim_framework.components import Encoder, Specs, Target
+from mim_framework.contract.components import Encoder, Target
+from mim_framework.contract.mask import Grid, Mask
+from mim_framework.contract.records import Ask, Latent, Masked
+from mim_framework.contract.specs import EncoderSpec, Specs, TargetSpec
+from mim_framework.contract.step import Step
 from mim_framework.functional import patchify
 from mim_framework.recipe import dump_recipe, load_recipe
-from mim_framework.records import Ask, EncoderSpec, Grid, Latent, Mask, Masked, Step, TargetSpec
 from mim_framework.testing import RegistryWith
 
 COLOURS = {"blue": (0, 0, 1), "green": (0, 1, 0), "red": (1, 0, 0)}

@@ -25,12 +25,14 @@ from torch.nn.functional import layer_norm
 
 from mim_framework.base.schedule import Curve, epoch_of, value_at
 from mim_framework.build import Model, build_model, exempt_names
-from mim_framework.components import CheckpointFormat
+from mim_framework.contract.components import CheckpointFormat
+from mim_framework.contract.mask import Mask
+from mim_framework.contract.records import Ask, Masked, Views
+from mim_framework.contract.step import Step
 from mim_framework.convert import import_checkpoint
 from mim_framework.optim import Optimizer, OptimSection, parameter_groups
 from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
-from mim_framework.records import Ask, Mask, Masked, Step, Views
 
 FOLDER = Path(os.environ.get("MIM_PARITY_DIR", Path(__file__).parent / "data"))
 

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mim_framework.build import build_model
+from mim_framework.contract.mask import Mask
+from mim_framework.contract.records import Ask
 from mim_framework.convert import import_checkpoint
 from mim_framework.functional import patchify
 from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
-from mim_framework.records import Ask, Mask
 
 OUTPUT_TOLERANCE = 5e-6
 CASES = cases("beit-dvae_*.safetensors")

@@ -13,8 +13,9 @@ import torch
 from parity.harness import read_json
 
 from mim_framework.builtins.maskers import BlockMasker
-from mim_framework.components import Specs
-from mim_framework.records import EncoderSpec, Grid, Step, ViewSpec
+from mim_framework.contract.mask import Grid
+from mim_framework.contract.specs import EncoderSpec, Specs, ViewSpec
+from mim_framework.contract.step import Step
 
 DRAWS = 20_000
 RULES = {"beit": "stop_short", "beit2": "exact", "slowfast": "stop_short", "mmpretrain": "mmpretrain"}

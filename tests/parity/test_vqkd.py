@@ -28,8 +28,10 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
 from mim_framework.build import make_step
+from mim_framework.contract.mask import Mask
+from mim_framework.contract.records import Ask, Masked
+from mim_framework.contract.step import Step
 from mim_framework.optim import OptimSection
-from mim_framework.records import Ask, Mask, Masked, Step
 
 CASES = cases("vqkd_*.safetensors")
 SCHEDULES = read_json("beit_schedule.json")

@@ -20,9 +20,9 @@ from mim_framework.build import Model, build_model, load_run, make_step, preflig
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.losses import CrossEntropyLoss
 from mim_framework.check import report
+from mim_framework.contract.records import Ask
 from mim_framework.metrics import read_metrics
 from mim_framework.recipe import Recipe, load_recipe
-from mim_framework.records import Ask
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.trainer import train
 

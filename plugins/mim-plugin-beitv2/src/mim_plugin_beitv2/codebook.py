@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from mim_framework import Step, perplexity, without_autocast
 from mim_framework.base import rng
-from mim_framework.distributed import World
+from mim_framework.contract.world import World
 
 VECTORS_AT_ONCE = 4096
 """Vectors that are compared with all codes at a time: 128 MiB of similarities for 8192 codes."""

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mim_framework import ImageViews, Sample, Section
-from mim_framework.data.decode import MAX_PIXELS, PILLOW_MAX_PIXELS, Decoder, Image, Interpolation
+from mim_framework.data.decode import MAX_PIXELS, PILLOW_MAX_PIXELS, Image, Interpolation, JpegBackend
 
 MAX_ASPECT = 2
 """Images longer than this are cut down to about their crop before the resize, so that a panorama costs no more."""
@@ -109,7 +109,7 @@ class ResizedCropViews(ImageViews):
         """Standard deviation of each channel by which is divided, for pixels in [0, 1]."""
         max_pixels: int = Field(MAX_PIXELS, gt=0, le=PILLOW_MAX_PIXELS)
         """An image whose header claims more pixels is counted as broken, before anything of it is decoded."""
-        decoder: Decoder = "auto"
+        decoder: JpegBackend = "auto"
         """What decodes plain JPEGs: pillow, torchcodec (pip install 'mim-framework[fast]'), or auto: the faster one
         that is installed. The pixels are the same; all other formats go through Pillow."""
         scaled_decode: bool = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -19,69 +19,13 @@ from mim_framework.base import rng
 from mim_framework.base.precision import without_autocast
 from mim_framework.base.schedule import Curve
 from mim_framework.base.section import Section
-from mim_framework.records import (
-    Ask,
-    EncoderSpec,
-    Kind,
-    Latent,
-    Mask,
-    Masked,
-    MaskerSpec,
-    Pred,
-    PredSpec,
-    Sample,
-    Step,
-    TargetSpec,
-    Views,
-    ViewSpec,
-)
+from mim_framework.contract.mask import Mask
+from mim_framework.contract.records import Ask, Latent, Masked, Pred, Sample, Views
+from mim_framework.contract.specs import EncoderSpec, Kind, MaskerSpec, PredSpec, Specs, TargetSpec, ViewSpec
+from mim_framework.contract.step import Step
 
 API_VERSION = "1"
 """Version of the plugin contract. A plugin module may set `requires_api = "1"`; another version is refused."""
-
-
-@dataclass(frozen=True)
-class Specs:
-    """What has been built so far, read by the components that are built next.
-
-    Build order: views, encoder, frozen teachers, masker, target, decoder, loss. An entry that is not built yet is None.
-    """
-
-    views: dict[str, ViewSpec] = field(default_factory=dict)
-    teachers: dict[str, EncoderSpec] = field(default_factory=dict)
-    teacher_views: dict[str, str] = field(default_factory=dict)
-    encoder: EncoderSpec = None  # type: ignore[assignment]
-    masker: MaskerSpec = None  # type: ignore[assignment]
-    target: TargetSpec = None  # type: ignore[assignment]
-    pred: PredSpec = None  # type: ignore[assignment]
-
-    def view(self, name: str) -> ViewSpec:
-        """The named view.
-
-        Raises:
-            ValueError: if no view builder provides it.
-        """
-        if name not in self.views:
-            raise ValueError(
-                f"no view '{name}'; the views of this recipe are {', '.join(sorted(self.views)) or 'none'}"
-            )
-        return self.views[name]
-
-    def teacher(self, name: str) -> EncoderSpec:
-        """The named teacher's encoder.
-
-        Raises:
-            ValueError: if the recipe has no such teacher.
-        """
-        if name not in self.teachers:
-            raise ValueError(
-                f"no teacher '{name}'; the teachers of this recipe are {', '.join(sorted(self.teachers)) or 'none'}"
-            )
-        return self.teachers[name]
-
-    def teacher_view(self, name: str) -> str:
-        """The name of the view that the named teacher looks at."""
-        return self.teacher_views.get(name, "x")
 
 
 class Component(nn.Module):

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
-if TYPE_CHECKING:
-    from mim_framework import components as c
-    from mim_framework.trainer import Run
+if TYPE_CHECKING:  # so that plugins are listed without torch
+    from mim_framework.contract import components as c
+    from mim_framework.contract.run import Run
 
 PROJECT = "mim_framework"
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -1,0 +1,169 @@
+"""What builders publish and later ones read, so that no dimension is typed twice in a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mim_framework.contract.mask import Grid
+from mim_framework.contract.records import Ask
+
+
+@dataclass(frozen=True)
+class Specs:
+    """What has been built so far, read by the components that are built next.
+
+    Build order: views, encoder, frozen teachers, masker, target, decoder, loss. An entry that is not built yet is None.
+    """
+
+    views: dict[str, ViewSpec] = field(default_factory=dict)
+    teachers: dict[str, EncoderSpec] = field(default_factory=dict)
+    teacher_views: dict[str, str] = field(default_factory=dict)
+    encoder: EncoderSpec = None  # type: ignore[assignment]
+    masker: MaskerSpec = None  # type: ignore[assignment]
+    target: TargetSpec = None  # type: ignore[assignment]
+    pred: PredSpec = None  # type: ignore[assignment]
+
+    def view(self, name: str) -> ViewSpec:
+        """The named view.
+
+        Raises:
+            ValueError: if no view builder provides it.
+        """
+        if name not in self.views:
+            raise ValueError(
+                f"no view '{name}'; the views of this recipe are {', '.join(sorted(self.views)) or 'none'}"
+            )
+        return self.views[name]
+
+    def teacher(self, name: str) -> EncoderSpec:
+        """The named teacher's encoder.
+
+        Raises:
+            ValueError: if the recipe has no such teacher.
+        """
+        if name not in self.teachers:
+            raise ValueError(
+                f"no teacher '{name}'; the teachers of this recipe are {', '.join(sorted(self.teachers)) or 'none'}"
+            )
+        return self.teachers[name]
+
+    def teacher_view(self, name: str) -> str:
+        """The name of the view that the named teacher looks at."""
+        return self.teacher_views.get(name, "x")
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """A view: `shape` of one sample, (C, H, W) for images.
+
+    `mean` and `std` of each channel, if images in [0, 1] were normalised by them; `unit_range` takes that back.
+    A view of kind `ids` holds token ids (N,), of `num_classes` classes, on `grid`. A plugin may have a kind of its own,
+    such as `points`, for its own components; those that look at images refuse it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str = "image"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    grid: Grid | None = None
+    num_classes: int | None = None
+
+    @property
+    def in_chans(self) -> int:
+        """Channels.
+
+        Raises:
+            ValueError: if the view does not hold images.
+        """
+        return self._image_shape[0]
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Height and width.
+
+        Raises:
+            ValueError: if the view does not hold images.
+        """
+        return self._image_shape[1], self._image_shape[2]
+
+    @property
+    def _image_shape(self) -> tuple[int, ...]:
+        if self.kind != "image":
+            raise ValueError(f"view '{self.name}' holds {self.kind}, images are needed")
+        return self.shape
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """An encoder: output width, token grid, pixels per token, blocks, attention heads, and what it can be asked for.
+
+    `visible_only`: hidden tokens are dropped, so that `Latent.tokens` holds the visible positions only.
+    `accepts`: masks whose rows hide equal numbers, masks whose rows vary, no mask at all, and mixed images (an encoder
+    that accepts masks only of mixed images never sees an empty position).
+    `num_classes`: of a tokenizer, the size of the vocabulary of the ids (B, N) that it gives as `Latent.aux["ids"]`.
+    `mean`, `std`: the normalisation of the images that its weights were made for; None = that of the view it is built
+    for.
+    """
+
+    dim: int
+    grid: Grid
+    stride: int
+    depth: int
+    num_heads: int
+    num_prefix_tokens: int = 0
+    in_chans: int = 3
+    visible_only: bool = False
+    accepts: frozenset[Literal["equal", "varies", "none", "mixed"]] = frozenset({"equal", "varies", "none"})
+    offers: Ask = Ask()  # noqa: RUF009  (frozen)
+    layers: Mapping[int, tuple[int, Grid]] = field(default_factory=dict)
+    num_classes: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def lacks(self, ask: Ask) -> str:
+        """What of `ask` this encoder cannot answer, in words; empty if it can answer all of it."""
+        wanted = {
+            name: sorted(getattr(ask, name) - getattr(self.offers, name)) for name in ("layers", "attn", "qkv", "aux")
+        }
+        return ", ".join(f"{name} {missing}" for name, missing in wanted.items() if missing)
+
+
+@dataclass(frozen=True)
+class MaskerSpec:
+    """A masker: the views it masks, on which grid, whether rows hide equal numbers, and how many on average.
+
+    `mixes`: hidden positions show another image of the batch (`Mask.partner`), which only some encoders and decoders
+    can tell apart.
+    """
+
+    grid: Grid
+    equal: bool
+    shared: bool = False
+    num_hidden: float = 0.0
+    views: tuple[str, ...] = ("x",)
+    rewrites: tuple[str, ...] = ()
+    mixes: bool = False
+
+
+Kind = Literal["dense", "ids", "probs", "map", "opaque"]
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """A target: kind, size of each vector (or number of classes) and the grid it lives on."""
+
+    kind: Kind
+    dim: int
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class PredSpec:
+    """A decoder's prediction: kind `dense` (vectors), `probs` (logits over classes) or `opaque`, its size and grid."""
+
+    kind: Kind
+    dim: int
+    grid: Grid

@@ -1,0 +1,65 @@
+"""One training step as the components see it: where the run stands, and all randomness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mim_framework.base import rng
+from mim_framework.base.schedule import Curve, value_at
+from mim_framework.contract.mask import Mask
+from mim_framework.contract.records import Latent
+from mim_framework.contract.world import World
+
+
+class TeacherPasses(Protocol):
+    """The teachers during one step."""
+
+    def encode(self, name: str, view: Tensor, mask: Mask | None = None) -> Latent:
+        """The named teacher's pass over a view of the recipe, computed once however many ask for it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One training step as the components see it.
+
+    `index` counts optimizer steps from 0, `total` is their planned number, `epoch` the fractional epoch,
+    `steps_per_epoch` None outside of a run.
+    `positions` (B,): global positions of this micro-batch's samples; everything random is a function of them.
+    """
+
+    index: int
+    total: int
+    epoch: float
+    epochs: float
+    positions: Tensor
+    seed: int
+    world: World
+    steps_per_epoch: int | None = None
+    phase: str = "main"
+    teachers: TeacherPasses | None = field(default=None, repr=False)
+
+    def rand(self, stream: str, n: int) -> Tensor:
+        """(B, n) uniform float32 in [0, 1): the same for the same sample position on any rank, worker and device."""
+        return rng.uniform(self.seed, stream, self.positions, n)
+
+    def rand_shared(self, stream: str, n: int) -> Tensor:
+        """(1, n) uniform float32 in [0, 1): one draw for all samples of an optimizer step, on any rank."""
+        index = torch.full((1,), self.index, device=self.positions.device)  # filled there: a copy would wait for it
+        return rng.uniform(self.seed, f"{stream} of a step", index, n)
+
+    def teacher(self, name: str, view: Tensor, mask: Mask | None = None) -> Latent:
+        """The named teacher's pass over `view`, computed once per step however many components ask for it.
+
+        It answers the union of what all components declared at build time (`Component.teacher_asks`).
+        """
+        if self.teachers is None:
+            raise ValueError(f"this step has no teachers, '{name}' was asked for")
+        return self.teachers.encode(name, view, mask)
+
+    def value(self, schedule: Curve | float) -> float:
+        """The value of a schedule (or plain number) at this step."""
+        return value_at(schedule, self.epoch, self.epochs, self.steps_per_epoch)
