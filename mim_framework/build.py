@@ -43,7 +43,7 @@ from mim_framework.contract.world import World
 from mim_framework.data.tokens import CachedTokenViews, TokenCache
 from mim_framework.distributed import choose_device
 from mim_framework.evaluate.knn import check_pool
-from mim_framework.functional import Renormalize
+from mim_framework.nn.images import Renormalize
 from mim_framework.optim import Optimizer, assign
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, load_recipe

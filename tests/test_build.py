@@ -62,7 +62,7 @@ class ToyEncoder(Encoder):
         self.spec = EncoderSpec(8, GRID, 4, 1, 1, accepts=frozenset({"equal", "none"}), offers=Ask(layers=layers))
 
     def forward(self, view, mask, ask=Ask()):
-        from mim_framework.functional import patchify
+        from mim_framework.nn.patches import patchify
 
         tokens = self.proj(patchify(view, 4))
         hidden = mask.at(GRID).hidden[..., None]

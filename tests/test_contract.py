@@ -26,7 +26,7 @@ from mim_framework.base.section import Section
 from mim_framework.build import build_model, make_step
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.losses import CrossEntropyLoss, MSELoss
-from mim_framework.builtins.maskers import RandomMasker, mask_from_noise
+from mim_framework.builtins.maskers import RandomMasker
 from mim_framework.check import report
 from mim_framework.contract.components import (
     Decoder,
@@ -55,8 +55,9 @@ from mim_framework.contract.specs import (
 )
 from mim_framework.data.views import ImageViews
 from mim_framework.distributed import local, process_group
-from mim_framework.functional import gather_tokens, patchify, unpatchify
 from mim_framework.metrics import read_metrics
+from mim_framework.nn.masking import gather_tokens, mask_from_noise
+from mim_framework.nn.patches import patchify, unpatchify
 from mim_framework.recipe import load_recipe
 from mim_framework.run import run_directory
 from mim_framework.testing import RegistryWith, run_ranks

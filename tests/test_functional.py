@@ -8,15 +8,11 @@ import pytest
 import torch
 
 from mim_framework.contract.mask import Grid
-from mim_framework.functional import (
-    attend,
-    gather_tokens,
-    patchify,
-    perplexity,
-    sincos_position_table,
-    unpatchify,
-    usage_picture,
-)
+from mim_framework.nn.attention import attend
+from mim_framework.nn.codes import perplexity, usage_picture
+from mim_framework.nn.masking import gather_tokens
+from mim_framework.nn.patches import patchify, unpatchify
+from mim_framework.nn.positions import sincos_position_table
 
 
 def test_patchify_by_hand_has_channels_fastest():

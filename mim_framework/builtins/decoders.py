@@ -7,12 +7,12 @@ from typing import Literal
 from torch import nn
 
 from mim_framework.base.section import Section
-from mim_framework.builtins.vit import FAR, ONE_STD, init_linear
 from mim_framework.contract.components import Decoder
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Latent, Pred
 from mim_framework.contract.specs import PredSpec, Specs
-from mim_framework.functional import gather_tokens
+from mim_framework.nn.init import FAR, ONE_STD, init_linear
+from mim_framework.nn.masking import gather_tokens
 
 
 class LinearDecoder(Decoder):

@@ -16,28 +16,7 @@ from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Masked, Views
 from mim_framework.contract.specs import MaskerSpec, Specs
 from mim_framework.contract.step import Step
-
-
-def mask_from_noise(noise: Tensor, num_keep: int, grid: Grid) -> Mask:
-    """noise (B, N): in every row the `num_keep` smallest stay visible, in ascending order (MAE, appendix A.1)."""
-    return Mask.from_shuffle(noise.argsort(dim=1, stable=True), num_keep, grid)
-
-
-def cell_grid(specs: Specs, mask_patch_size: int | None) -> tuple[int, Grid]:
-    """Side in pixels and grid of the cells that a masker hides: the encoder's tokens, or cells of another size.
-
-    Raises:
-        ValueError: if the cells do not fill the image, or do not fit the encoder's tokens.
-    """
-    stride = specs.encoder.stride
-    if mask_patch_size is None:
-        return stride, specs.encoder.grid
-    height, width = specs.view("x").img_size
-    if height % mask_patch_size or width % mask_patch_size:
-        raise ValueError(f"image size {height}x{width} is not a multiple of mask_patch_size {mask_patch_size}")
-    if mask_patch_size % stride and stride % mask_patch_size:
-        raise ValueError(f"mask_patch_size {mask_patch_size} and the encoder's stride {stride} must divide one another")
-    return mask_patch_size, Grid((height // mask_patch_size, width // mask_patch_size))
+from mim_framework.nn.masking import cell_grid, mask_from_noise
 
 
 class RandomMasker(Masker):

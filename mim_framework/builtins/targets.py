@@ -13,14 +13,8 @@ from mim_framework.contract.records import Ask, Masked, Pred
 from mim_framework.contract.specs import Specs, TargetSpec
 from mim_framework.contract.step import Step
 from mim_framework.data.tokens import VIEW_OF_IDS
-from mim_framework.functional import gather_tokens, paste, patch_grid, patchify, unpatchify
-
-
-def normalize_patches(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
-    """patches (B, M, P) -> (normalised, mean, std) per patch; unbiased variance, eps under the root, as in MAE."""
-    mean = patches.mean(-1, keepdim=True)
-    std = (patches.var(-1, keepdim=True) + eps).sqrt()
-    return (patches - mean) / std, mean, std
+from mim_framework.nn.masking import gather_tokens, paste
+from mim_framework.nn.patches import normalize_patches, patch_grid, patchify, unpatchify
 
 
 class PixelTarget(Target):

@@ -6,155 +6,23 @@ encoder from `MaskTokenViT`: a name, defaults, and how the weights begin.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from timm.layers import DropPath, Mlp, PatchEmbed
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from mim_framework.base.section import Section
 from mim_framework.contract.components import Encoder
-from mim_framework.contract.mask import Grid, Mask
+from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Latent
 from mim_framework.contract.specs import EncoderSpec, Specs
-from mim_framework.functional import attend, patch_grid, sincos_position_table
-
-NORM_EPS = 1e-6
-ONE_STD, FAR = 0.02, 2.0
-"""Where normal weights of 0.02 are cut: at one standard deviation, as officially in pre-training of SimMIM and BEiT, or
-so far out that it makes no difference, as by default in timm and torch."""
-
-
-def relative_position_index(grid: Grid) -> Tensor:
-    """(1 + N, 1 + N) int64: for a query (row) and a key (column), class token first, the row of the bias table.
-
-    Patch to patch: (dy + h - 1) * (2w - 1) + dx + w - 1. The three last rows of the table are for the class token as
-    query, as key, and for itself (BEiT, `modeling_finetune.py`).
-    """
-    height, width = grid.shape
-    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    row, column = row.flatten(), column.flatten()
-    dy, dx = row[:, None] - row[None], column[:, None] - column[None]
-    index = torch.empty(grid.num_patches + 1, grid.num_patches + 1, dtype=torch.int64)
-    index[1:, 1:] = (dy + height - 1) * (2 * width - 1) + dx + width - 1
-    patches = (2 * height - 1) * (2 * width - 1)
-    index[0], index[:, 0], index[0, 0] = patches, patches + 1, patches + 2
-    return index
-
-
-def relative_position_table(grid: Grid, num_heads: int) -> nn.Parameter:
-    """(relative positions + 3, heads), zeros."""
-    height, width = grid.shape
-    return nn.Parameter(torch.zeros((2 * height - 1) * (2 * width - 1) + 3, num_heads))
-
-
-class RelativePositionBias(nn.Module):
-    """A learned number for every relative position and head, the same in all blocks."""
-
-    def __init__(self, grid: Grid, num_heads: int) -> None:
-        super().__init__()
-        self.relative_position_bias_table = relative_position_table(grid, num_heads)
-        self.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
-
-    def forward(self) -> Tensor:
-        """(1, heads, T, T)"""
-        return look_up(self.relative_position_bias_table, self.relative_position_index)
-
-
-def look_up(table: Tensor, index: Tensor) -> Tensor:
-    """table (rows, heads), index (T, T) -> biases (1, heads, T, T)."""
-    return table.t()[:, index.flatten()].unflatten(1, index.shape)[None]
-
-
-def trunc_normal(tensor: Tensor, cut: float = FAR) -> None:
-    """Standard deviation 0.02 before it is cut at -cut and cut."""
-    nn.init.trunc_normal_(tensor, std=0.02, a=-cut, b=cut)
-
-
-def init_linear(layer: nn.Linear | nn.Conv2d, cut: float = FAR) -> None:
-    """Truncated normal weights, zero biases."""
-    trunc_normal(layer.weight, cut)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
-@torch.no_grad()
-def rescale_by_depth(blocks: Iterable[Block], first: int = 1) -> None:
-    """Divide what block i, counted from `first`, adds to the residual stream by sqrt(2i) (BEiT, `fix_init_weight`)."""
-    for number, block in enumerate(blocks, start=first):
-        block.attn.proj.weight.div_(math.sqrt(2 * number))
-        block.mlp.fc2.weight.div_(math.sqrt(2 * number))
-
-
-class Attention(nn.Module):
-    """Self-attention whose query and value may have biases without one for the key, and a bias table of its own."""
-
-    def __init__(self, dim: int, num_heads: int, qkv_bias: str, table_grid: Grid | None) -> None:
-        super().__init__()
-        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias == "full")
-        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
-        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
-        self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias_table = None
-        if table_grid is not None:
-            self.relative_position_bias_table = relative_position_table(table_grid, num_heads)
-            self.register_buffer("relative_position_index", relative_position_index(table_grid), persistent=False)
-
-    def project(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> query, key and value, (3, B, heads, T, d)."""
-        bias = self.qkv.bias
-        if self.q_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        projected = linear(x, self.qkv.weight, bias)
-        return projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-
-    def bias(self, shared: Tensor | None) -> Tensor | None:
-        """(1, heads, T, T): the bias of all blocks, or of this one."""
-        if self.relative_position_bias_table is None:
-            return shared
-        return look_up(self.relative_position_bias_table, self.relative_position_index)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block, with layer scale if asked for."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        *,
-        qkv_bias: str = "full",
-        layer_scale: float | None = None,
-        drop_path: float = 0.0,
-        table_grid: Grid | None = None,
-        norm_eps: float = NORM_EPS,
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads, qkv_bias, table_grid)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.gamma_1 = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
-        self.gamma_2 = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(
-        self, x: Tensor, shared_bias: Tensor | None = None, want_qkv: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, D), shared_bias (1, heads, T, T) -> (B, T, D), and (3, B, heads, T, d) if wanted."""
-        qkv = self.attn.project(self.norm1(x))
-        mixed = self.attn.proj(attend(*qkv, self.attn.bias(shared_bias)).transpose(1, 2).flatten(2))
-        x = x + self.drop_path(mixed if self.gamma_1 is None else self.gamma_1 * mixed)
-        expanded = self.mlp(self.norm2(x))
-        x = x + self.drop_path(expanded if self.gamma_2 is None else self.gamma_2 * expanded)
-        return x, qkv if want_qkv else None
+from mim_framework.nn.blocks import NORM_EPS, Block
+from mim_framework.nn.init import FAR, ONE_STD, init_linear, rescale_by_depth, trunc_normal
+from mim_framework.nn.patches import patch_grid
+from mim_framework.nn.positions import RelativePositionBias, sincos_position_table
 
 
 class ViTSizes(Section):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mim_framework.convert.exporting import export_run
 from mim_framework.convert.importing import ImportReport, import_checkpoint
-from mim_framework.convert.positions import resize_bias_table, resize_position_table
 from mim_framework.convert.reading import ForeignCheckpoint, read_checkpoint
+from mim_framework.layouts.tables import resize_bias_table, resize_position_table
 
 __all__ = [
     "ForeignCheckpoint",

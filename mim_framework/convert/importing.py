@@ -19,8 +19,8 @@ from mim_framework.build import IMPORTED_SLOTS, build_model
 from mim_framework.checkpoint import IMPORTED_WEIGHTS
 from mim_framework.contract.components import CheckpointFormat
 from mim_framework.contract.mask import Grid
-from mim_framework.convert.positions import resize_bias_table, resize_position_table
 from mim_framework.convert.reading import ForeignCheckpoint, read_checkpoint
+from mim_framework.layouts.tables import resize_bias_table, resize_position_table
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 

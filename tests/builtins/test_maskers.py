@@ -14,11 +14,11 @@ from mim_framework.builtins.maskers import (
     RandomMasker,
     complete,
     draw_blocks,
-    mask_from_noise,
 )
 from mim_framework.contract.mask import Grid
 from mim_framework.contract.specs import EncoderSpec, Specs, ViewSpec
 from mim_framework.contract.step import Step
+from mim_framework.nn.masking import mask_from_noise
 
 
 def specs(img_size: int = 64, stride: int = 16) -> Specs:

@@ -7,12 +7,12 @@ import torch
 
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.losses import CosineLoss, CrossEntropyLoss, L1Loss, MSELoss
-from mim_framework.builtins.targets import FeatureTarget, PixelTarget, normalize_patches
+from mim_framework.builtins.targets import FeatureTarget, PixelTarget
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Latent, Masked, Pred
 from mim_framework.contract.specs import EncoderSpec, Specs, TargetSpec, ViewSpec
 from mim_framework.contract.step import Step
-from mim_framework.functional import patchify
+from mim_framework.nn.patches import normalize_patches, patchify
 
 GRID = Grid((2, 2))
 VIEWS = {"x": ViewSpec("x", (3, 8, 8))}

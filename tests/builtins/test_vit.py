@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mim_framework import Ask, Grid, Mask, Specs, ViewSpec
 from mim_framework.builtins.decoders import LinearDecoder
-from mim_framework.builtins.vit import MaskTokenViT, relative_position_index
+from mim_framework.builtins.vit import MaskTokenViT
 from mim_framework.contract.specs import TargetSpec
+from mim_framework.nn.positions import relative_position_index
 
 GRID = Grid((4, 4))
 VIEWS = Specs(views={"x": ViewSpec("x", (3, 16, 16))})

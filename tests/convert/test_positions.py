@@ -7,7 +7,7 @@ import torch
 
 from mim_framework.contract.mask import Grid
 from mim_framework.convert import resize_bias_table, resize_position_table
-from mim_framework.convert.positions import _geometric_distances
+from mim_framework.layouts.tables import _geometric_distances
 
 
 def test_the_same_grid_changes_nothing():

@@ -18,7 +18,7 @@ from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Latent, Masked
 from mim_framework.contract.specs import EncoderSpec, Specs, TargetSpec
 from mim_framework.contract.step import Step
-from mim_framework.functional import patchify
+from mim_framework.nn.patches import patchify
 from mim_framework.recipe import dump_recipe, load_recipe
 from mim_framework.testing import RegistryWith
 

@@ -18,7 +18,7 @@ from mim_framework.build import build_model
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask
 from mim_framework.convert import import_checkpoint
-from mim_framework.functional import patchify
+from mim_framework.nn.patches import patchify
 from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
 

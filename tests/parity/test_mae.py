@@ -29,10 +29,10 @@ from torch.nn.functional import layer_norm
 
 from mim_framework.base.schedule import Curve, value_at
 from mim_framework.build import build_model, exempt_names, make_step
-from mim_framework.builtins.maskers import mask_from_noise
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Masked
-from mim_framework.functional import sincos_position_table
+from mim_framework.nn.masking import mask_from_noise
+from mim_framework.nn.positions import sincos_position_table
 from mim_framework.optim import OptimSection, layer_decay_scale, parameter_groups, transformer_layer_id
 from mim_framework.plugins import Registry
 

@@ -28,10 +28,10 @@ from torch.nn.functional import layer_norm
 
 from mim_framework.base.schedule import epoch_of, value_at
 from mim_framework.build import build_model, exempt_names, make_step
-from mim_framework.builtins.maskers import mask_from_noise
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Latent, Masked
-from mim_framework.functional import sincos_position_table
+from mim_framework.nn.masking import mask_from_noise
+from mim_framework.nn.positions import sincos_position_table
 from mim_framework.optim import OptimSection, parameter_groups
 from mim_framework.plugins import Registry
 

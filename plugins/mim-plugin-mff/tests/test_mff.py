@@ -21,10 +21,10 @@ from mim_framework import Ask, Encoder, EncoderSpec, Grid, Latent, Mask, RecipeE
 from mim_framework.base.errors import CheckpointError
 from mim_framework.build import build_model, exempt_names, make_step, preflight
 from mim_framework.builtins.decoders import LinearDecoder
-from mim_framework.builtins.maskers import mask_from_noise
 from mim_framework.checkpoint import find_latest
 from mim_framework.convert import export_run, import_checkpoint
 from mim_framework.metrics import read_metrics
+from mim_framework.nn.masking import mask_from_noise
 from mim_framework.optim import parameter_groups
 from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe

@@ -14,7 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mim_framework import Ask, Decoder, Head, Latent, MaskedPrediction, Parts, Section, Step, Views, hookimpl
-from mim_framework.builtins.vit import NORM_EPS, MaskTokenViT, rescale_by_depth
+from mim_framework.builtins.vit import MaskTokenViT
+from mim_framework.nn.blocks import NORM_EPS
+from mim_framework.nn.init import rescale_by_depth
 from mim_plugin_beitv2.checkpoints import (
     MMPretrainCheckpoint,
     MMPretrainVQKDCheckpoint,

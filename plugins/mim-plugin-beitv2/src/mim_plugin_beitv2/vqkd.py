@@ -36,7 +36,9 @@ from mim_framework import (
     usage_picture,
     without_autocast,
 )
-from mim_framework.builtins.vit import NORM_EPS, Block, ViTSizes, init_linear, rescale_by_depth, trunc_normal
+from mim_framework.builtins.vit import ViTSizes
+from mim_framework.nn.blocks import NORM_EPS, Block
+from mim_framework.nn.init import init_linear, rescale_by_depth, trunc_normal
 from mim_plugin_beitv2.codebook import EMACodebook
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
-from mim_framework.convert.names import INSIDE_BLOCKS, depth_of, renamed
+from mim_framework.layouts.names import INSIDE_BLOCKS, depth_of, renamed
 
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
 HEAD_NAMES = {"pred_head.transforms.0.0.": "norm.", "pred_head.projections.0.": "head."}

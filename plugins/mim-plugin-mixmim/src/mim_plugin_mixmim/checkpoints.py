@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
-from mim_framework.convert.names import INSIDE_BLOCKS, ReadByOfficialNames, renamed
+from mim_framework.layouts.names import INSIDE_BLOCKS, ReadByOfficialNames, renamed
 
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
 TABLE = ".relative_position_bias_table"

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from mim_framework import Ask, Encoder, EncoderSpec, Grid, Latent, Mask, Section, Specs, attend, hookimpl
-from mim_framework.builtins.vit import BEiTViT, look_up
+from mim_framework.builtins.vit import BEiTViT
+from mim_framework.nn.positions import look_up
 from mim_plugin_simmim.checkpoints import (
     MMPretrainSwinCheckpoint,
     OfficialSwinCheckpoint,

@@ -1,4 +1,4 @@
-"""Position tables and tables of relative position biases for another image or window size."""
+"""Tables of positions and biases for another image or window size, and weights whose inputs change places."""
 
 from __future__ import annotations
 
@@ -105,3 +105,13 @@ def _spline_matrix(x: Tensor, wanted: Tensor) -> Tensor:
     a = 1 - b
     bend = (a**3 - a) * curvature[left] + (b**3 - b) * curvature[left + 1]
     return a * unit[left] + b * unit[left + 1] + bend * width**2 / 6
+
+
+def unfold_to_places(tensor: Tensor) -> Tensor:
+    """Inputs of a patch-merging layer (..., 4C), from mmpretrain's order to that of Swin.
+
+    mmpretrain merges with `Unfold`: channel by channel, in each the four places row by row. Swin's order is place by
+    place, (0, 0), (1, 0), (0, 1), (1, 1) as (row, column), in each all channels.
+    """
+    by_place = tensor.unflatten(-1, (-1, 4)).transpose(-1, -2)
+    return by_place[..., [0, 2, 1, 3], :].flatten(-2).contiguous()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mim_framework.convert.names import depth_of
+from mim_framework.layouts.names import depth_of
 
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 OWN_TABLE = "attn.relative_position_bias_table"

@@ -1,0 +1,35 @@
+"""How weights begin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mim_framework.nn.blocks import Block
+
+ONE_STD, FAR = 0.02, 2.0
+"""Where normal weights of 0.02 are cut: at one standard deviation, as officially in pre-training of SimMIM and BEiT, or
+so far out that it makes no difference, as by default in timm and torch."""
+
+
+def trunc_normal(tensor: Tensor, cut: float = FAR) -> None:
+    """Standard deviation 0.02 before it is cut at -cut and cut."""
+    nn.init.trunc_normal_(tensor, std=0.02, a=-cut, b=cut)
+
+
+def init_linear(layer: nn.Linear | nn.Conv2d, cut: float = FAR) -> None:
+    """Truncated normal weights, zero biases."""
+    trunc_normal(layer.weight, cut)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def rescale_by_depth(blocks: Iterable[Block], first: int = 1) -> None:
+    """Divide what block i, counted from `first`, adds to the residual stream by sqrt(2i) (BEiT, `fix_init_weight`)."""
+    for number, block in enumerate(blocks, start=first):
+        block.attn.proj.weight.div_(math.sqrt(2 * number))
+        block.mlp.fc2.weight.div_(math.sqrt(2 * number))

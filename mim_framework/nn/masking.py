@@ -1,0 +1,42 @@
+"""What maskers and those who read masks share: noise to masks, cells of a mask, gathering and pasting tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mim_framework.contract.mask import Grid, Mask
+from mim_framework.contract.specs import Specs
+
+
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    """tokens (B, N, D), ids (B, K) -> (B, K, D)."""
+    return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[-1]))
+
+
+def paste(values: Tensor, ids: Tensor | None, onto: Tensor, mask: Mask) -> Tensor:
+    """onto (B, N, C) with `values` (B, M, C), held at the positions `ids` (None = all), wherever the mask predicts."""
+    if ids is not None:
+        values = onto.scatter(1, ids[..., None].expand_as(values), values)
+    return values.where(mask.where[..., None].bool(), onto)
+
+
+def mask_from_noise(noise: Tensor, num_keep: int, grid: Grid) -> Mask:
+    """noise (B, N): in every row the `num_keep` smallest stay visible, in ascending order (MAE, appendix A.1)."""
+    return Mask.from_shuffle(noise.argsort(dim=1, stable=True), num_keep, grid)
+
+
+def cell_grid(specs: Specs, mask_patch_size: int | None) -> tuple[int, Grid]:
+    """Side in pixels and grid of the cells that a masker hides: the encoder's tokens, or cells of another size.
+
+    Raises:
+        ValueError: if the cells do not fill the image, or do not fit the encoder's tokens.
+    """
+    stride = specs.encoder.stride
+    if mask_patch_size is None:
+        return stride, specs.encoder.grid
+    height, width = specs.view("x").img_size
+    if height % mask_patch_size or width % mask_patch_size:
+        raise ValueError(f"image size {height}x{width} is not a multiple of mask_patch_size {mask_patch_size}")
+    if mask_patch_size % stride and stride % mask_patch_size:
+        raise ValueError(f"mask_patch_size {mask_patch_size} and the encoder's stride {stride} must divide one another")
+    return mask_patch_size, Grid((height // mask_patch_size, width // mask_patch_size))
