@@ -36,7 +36,7 @@ from mim_framework.contract.specs import Specs, ViewSpec
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
 from mim_framework.objective import MaskedPrediction
-from mim_framework.optim import parameter_groups
+from mim_framework.runtime.optim import parameter_groups
 
 MODELS = {
     "base": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},

@@ -23,7 +23,12 @@ from mim_framework.base.errors import (
     did_you_mean,
 )
 from mim_framework.base.section import Choice
-from mim_framework.checkpoint import Checkpoint, find_latest, load, load_weights
+from mim_framework.checkpoints.checkpoint import (
+    Checkpoint,
+    find_latest,
+    load,
+    load_weights,
+)
 from mim_framework.contract.components import (
     Component,
     Decoder,
@@ -41,13 +46,13 @@ from mim_framework.contract.specs import EncoderSpec, MaskerSpec, Specs
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
 from mim_framework.data.tokens import CachedTokenViews, TokenCache
-from mim_framework.distributed import choose_device
 from mim_framework.evaluate.knn import check_pool
 from mim_framework.nn.images import Renormalize
-from mim_framework.optim import Optimizer, assign
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, load_recipe
-from mim_framework.teachers import Teachers, TeacherSection
+from mim_framework.runtime.launch import choose_device
+from mim_framework.runtime.optim import Optimizer, assign
+from mim_framework.runtime.teachers import Teachers, TeacherSection
 from mim_framework.yaml_loader import read_yaml
 
 logger = logging.getLogger(__name__)

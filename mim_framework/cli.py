@@ -131,7 +131,7 @@ def run(
     if output is not None:
         overrides += (f"output_dir={json.dumps(output)}",)
     checked = settings.recipe(recipe, overrides)  # before any other process starts, so that errors are told once
-    from mim_framework.distributed import launch, under_launcher
+    from mim_framework.runtime.launch import launch, under_launcher
 
     if not under_launcher():
         ranks = _devices(checked.train.device) if isinstance(nproc_per_node, str) else nproc_per_node

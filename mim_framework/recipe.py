@@ -27,14 +27,14 @@ from mim_framework.base.validation import (
     show,
     validate,
 )
-from mim_framework.checkpoint import CheckpointSection
+from mim_framework.checkpoints.checkpoint import CheckpointSection
 from mim_framework.contract.hooks import HOOK_OF_KIND
 from mim_framework.data.loader import DataSection
 from mim_framework.evaluate.knn import EvaluateSection
-from mim_framework.metrics import LogSection
-from mim_framework.optim import OptimSection
 from mim_framework.plugins import Registry, UnknownName
-from mim_framework.teachers import TeacherSection
+from mim_framework.runtime.metrics import LogSection
+from mim_framework.runtime.optim import OptimSection
+from mim_framework.runtime.teachers import TeacherSection
 from mim_framework.train_config import PhaseSection, TrainSection
 from mim_framework.yaml_loader import read_scalar, read_yaml
 

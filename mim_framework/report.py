@@ -18,8 +18,8 @@ from torch import Tensor
 from mim_framework.contract.mask import Grid
 
 if TYPE_CHECKING:
-    from mim_framework.metrics import Throughput
     from mim_framework.run import Run
+    from mim_framework.runtime.metrics import Throughput
 
 
 class Progress:

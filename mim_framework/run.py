@@ -24,7 +24,7 @@ from mim_framework.base.files import replace_file
 from mim_framework.base.precision import uses_bfloat16
 from mim_framework.base.schedule import epoch_of
 from mim_framework.build import Model
-from mim_framework.checkpoint import list_checkpoints
+from mim_framework.checkpoints.checkpoint import list_checkpoints
 from mim_framework.contract.components import Source
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World

@@ -18,9 +18,10 @@ from mim_framework.contract.records import Masked
 from mim_framework.data.decode import BrokenImage
 from mim_framework.data.loader import TrainingReader, prefetch
 from mim_framework.data.tokens import TokenFacts, TokenWriter
-from mim_framework.distributed import choose_device, compile_blocks
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
+from mim_framework.runtime.launch import choose_device
+from mim_framework.runtime.sharding import compile_blocks
 
 BATCH_SIZE = 64
 """Images per forward pass where the recipe has no `train.batch_size`."""

@@ -19,30 +19,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim_framework import checkpoint, state
 from mim_framework.base import rng
 from mim_framework.base.errors import CheckpointError, DataError, TrainingError
 from mim_framework.build import build_model, build_optimizers, build_source, preflight
+from mim_framework.checkpoints import checkpoint, state
 from mim_framework.contract.components import Component
 from mim_framework.contract.world import World
 from mim_framework.data.loader import Batch, Loader
 from mim_framework.data.tokens import CachedTokenViews
-from mim_framework.distributed import (
-    STOP_SIGNALS,
-    compile_blocks,
-    gradient_sync,
-    process_group,
-    shard,
-    whole_weights,
-    wrap,
-)
 from mim_framework.evaluate.knn import online_knn
 from mim_framework.evaluate.reconstruct import draw_fixed
-from mim_framework.metrics import MetricsWriter, Throughput, as_picture
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 from mim_framework.report import Progress
 from mim_framework.run import Run, batch_layout, prepare_directory, run_length, sole_run
+from mim_framework.runtime.launch import STOP_SIGNALS, process_group
+from mim_framework.runtime.metrics import MetricsWriter, Throughput, as_picture
+from mim_framework.runtime.sharding import (
+    compile_blocks,
+    gradient_sync,
+    shard,
+    whole_weights,
+    wrap,
+)
 
 logger = logging.getLogger(__name__)
 

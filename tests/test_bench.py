@@ -9,13 +9,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mim_framework import metrics
 from mim_framework.bench import run_bench
 from mim_framework.check import report
 from mim_framework.cli import main
 from mim_framework.cost import matmul_peak, measure_cost
 from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
+from mim_framework.runtime import metrics
 
 
 def test_cost_of_vit_base_matches_the_fact_sheet():

@@ -23,7 +23,7 @@ from mim_framework.build import (
     preflight,
 )
 from mim_framework.builtins.maskers import RandomMasker
-from mim_framework.checkpoint import save_checkpoint
+from mim_framework.checkpoints.checkpoint import save_checkpoint
 from mim_framework.contract.components import (
     Decoder,
     Encoder,

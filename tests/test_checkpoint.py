@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mim_framework import checkpoint
 from mim_framework.base.errors import CheckpointError
-from mim_framework.checkpoint import (
+from mim_framework.checkpoints import checkpoint
+from mim_framework.checkpoints.checkpoint import (
     CheckpointSection,
     find_latest,
     list_checkpoints,

@@ -75,7 +75,7 @@ def test_run_trains_in_this_process(mim, calls):
 def test_run_starts_the_ranks_it_is_asked_for(mim, monkeypatch):
     made = []
     monkeypatch.setattr(
-        "mim_framework.distributed.launch", lambda arguments, **options: made.append((arguments, options))
+        "mim_framework.runtime.launch.launch", lambda arguments, **options: made.append((arguments, options))
     )
     result = mim("--no-plugins", "run", "r.yaml", "seed=7", "--nproc-per-node", "2", "--fresh", "--output", "out")
     assert (result.exit_code, result.output) == (0, "")

@@ -19,7 +19,6 @@ from mim_plugin_mae import MAEDecoder, MAEEncoder
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, layer_norm, log_softmax, softmax
 
-from mim_framework import checkpoint
 from mim_framework.base import rng
 from mim_framework.base.errors import RecipeError
 from mim_framework.base.section import Section
@@ -28,6 +27,7 @@ from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.losses import CrossEntropyLoss, MSELoss
 from mim_framework.builtins.maskers import RandomMasker
 from mim_framework.check import report
+from mim_framework.checkpoints import checkpoint
 from mim_framework.contract.components import (
     Decoder,
     Encoder,
@@ -54,12 +54,13 @@ from mim_framework.contract.specs import (
     ViewSpec,
 )
 from mim_framework.data.views import ImageViews
-from mim_framework.distributed import local, process_group
-from mim_framework.metrics import read_metrics
 from mim_framework.nn.masking import gather_tokens, mask_from_noise
 from mim_framework.nn.patches import patchify, unpatchify
 from mim_framework.recipe import load_recipe
 from mim_framework.run import run_directory
+from mim_framework.runtime.launch import process_group
+from mim_framework.runtime.metrics import read_metrics
+from mim_framework.runtime.sharding import local
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.testing.contract import same, state_of
 from mim_framework.trainer import Trainer, train

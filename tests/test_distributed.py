@@ -18,12 +18,10 @@ from torch.distributed.launcher import api as launcher
 from mim_framework import cli
 from mim_framework.base.errors import CheckpointError, MimError, RecipeError
 from mim_framework.contract.world import World
-from mim_framework.distributed import (
-    choose_device,
+from mim_framework.runtime.launch import choose_device, launch, process_group
+from mim_framework.runtime.sharding import (
     gather_full,
-    launch,
     like,
-    process_group,
     shard,
     wrap,
 )

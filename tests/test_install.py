@@ -10,7 +10,7 @@ import sys
 import pytest
 from clean_install import PLUGINS, ROOT, call, install
 
-from mim_framework.distributed import free_port
+from mim_framework.runtime.launch import free_port
 
 pytestmark = pytest.mark.slow
 TINY = ["train.epochs=null", "train.steps=2", "train.total_batch_size=4", "evaluate.knn=null", "log.tensorboard=false"]

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from mim_framework.contract.step import Step
-from mim_framework.optim import (
+from mim_framework.runtime.optim import (
     Optimizer,
     OptimSection,
     assign,

@@ -16,7 +16,6 @@ import tiny
 import torch
 import yaml
 
-from mim_framework import checkpoint
 from mim_framework.base.errors import (
     CheckpointError,
     DataError,
@@ -24,10 +23,10 @@ from mim_framework.base.errors import (
     RecipeError,
 )
 from mim_framework.base.precision import uses_bfloat16
+from mim_framework.checkpoints import checkpoint
 from mim_framework.contract.hooks import hookimpl
 from mim_framework.contract.world import World
 from mim_framework.data.sources import DigitsSource
-from mim_framework.metrics import read_metrics
 from mim_framework.recipe import load_recipe
 from mim_framework.run import (
     Run,
@@ -36,6 +35,7 @@ from mim_framework.run import (
     run_length,
     sole_run,
 )
+from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.train_config import TrainSection
 from mim_framework.trainer import Trainer, train

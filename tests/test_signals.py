@@ -16,8 +16,8 @@ import pytest
 import tiny
 import yaml
 
-from mim_framework import checkpoint
-from mim_framework.metrics import read_metrics
+from mim_framework.checkpoints import checkpoint
+from mim_framework.runtime.metrics import read_metrics
 
 pytestmark = [
     pytest.mark.slow,

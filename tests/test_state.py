@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from mim_framework import checkpoint, state
 from mim_framework.base.errors import CheckpointError
+from mim_framework.checkpoints import checkpoint, state
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
-from mim_framework.optim import Optimizer, OptimSection
+from mim_framework.runtime.optim import Optimizer, OptimSection
 
 
 def make(kind: str) -> tuple[nn.Module, dict[str, Optimizer]]:

@@ -13,7 +13,7 @@ from mim_framework.contract.mask import Grid
 from mim_framework.contract.records import Ask, Latent
 from mim_framework.contract.specs import EncoderSpec, Specs
 from mim_framework.contract.step import Step
-from mim_framework.teachers import Teachers, TeacherSection
+from mim_framework.runtime.teachers import Teachers, TeacherSection
 
 GRID = Grid((2,))
 

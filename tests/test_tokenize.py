@@ -23,10 +23,10 @@ from mim_framework.contract.specs import EncoderSpec, ViewSpec
 from mim_framework.data.tokens import TokenCache
 from mim_framework.evaluate.knn import KNNSection
 from mim_framework.evaluate.run import evaluate_run
-from mim_framework.metrics import read_metrics
 from mim_framework.nn.images import Renormalize
 from mim_framework.nn.patches import patchify
 from mim_framework.recipe import load_recipe
+from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith
 from mim_framework.tokenize import tokenize
 from mim_framework.trainer import train

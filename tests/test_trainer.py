@@ -16,16 +16,16 @@ import yaml
 from mim_plugin_mae import MAEEncoder
 from torch import nn
 
-from mim_framework import checkpoint
 from mim_framework.base.errors import MimError, RecipeError, TrainingError
 from mim_framework.builtins.losses import MSELoss
 from mim_framework.builtins.maskers import RandomMasker
+from mim_framework.checkpoints import checkpoint
 from mim_framework.contract.components import Objective
 from mim_framework.contract.hooks import hookimpl
 from mim_framework.contract.records import Ask
-from mim_framework.distributed import process_group
-from mim_framework.metrics import read_metrics
 from mim_framework.recipe import load_recipe
+from mim_framework.runtime.launch import process_group
+from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.trainer import Trainer, train
 

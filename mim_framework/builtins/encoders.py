@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mim_framework.base.section import Section
-from mim_framework.checkpoint import load_weights
+from mim_framework.checkpoints.checkpoint import load_weights
 from mim_framework.contract.components import Encoder
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Latent

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mim_framework.base.errors import CheckpointError
 from mim_framework.build import IMPORTED_SLOTS, build_model
-from mim_framework.checkpoint import IMPORTED_WEIGHTS
+from mim_framework.checkpoints.checkpoint import IMPORTED_WEIGHTS
 from mim_framework.contract.components import CheckpointFormat
 from mim_framework.contract.mask import Grid
 from mim_framework.convert.reading import ForeignCheckpoint, read_checkpoint

@@ -30,7 +30,7 @@ from mim_framework.base.errors import DataError
 from mim_framework.base.section import Choice, Section
 from mim_framework.contract.components import Source, ViewBuilder
 from mim_framework.data.decode import BrokenImage
-from mim_framework.distributed import STOP_SIGNALS
+from mim_framework.runtime.launch import STOP_SIGNALS
 
 TOLERATED_BROKEN = 10
 """So many broken images are accepted whatever their share, so that a run does not stop at its first batch."""

@@ -19,19 +19,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mim_framework import checkpoint
 from mim_framework.base.errors import CheckpointError
+from mim_framework.checkpoints import checkpoint
 from mim_framework.contract.components import Encoder, Masker
 from mim_framework.contract.hooks import hookimpl
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Latent, Masked, Views
 from mim_framework.convert import export_run, read_checkpoint
 from mim_framework.data.loader import Batch
-from mim_framework.distributed import process_group
-from mim_framework.metrics import read_metrics
-from mim_framework.optim import assign
 from mim_framework.plugins import RecipeInfo, Registry
 from mim_framework.recipe import Recipe, dump_recipe, load_recipe
+from mim_framework.runtime.launch import process_group
+from mim_framework.runtime.metrics import read_metrics
+from mim_framework.runtime.optim import assign
 from mim_framework.testing.ranks import run_ranks
 from mim_framework.trainer import Trainer, train
 

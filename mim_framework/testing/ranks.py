@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mim_framework.distributed import free_port
+from mim_framework.runtime.launch import free_port
 
 torch.set_num_threads(1)  # before any other use of torch: OpenMP threads do not survive a fork
 

@@ -22,11 +22,11 @@ from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Sample
 from mim_framework.contract.step import Step
 from mim_framework.cost import measure_cost
-from mim_framework.distributed import process_group
 from mim_framework.evaluate.knn import KNNSection
 from mim_framework.evaluate.run import evaluate_run
-from mim_framework.metrics import read_metrics
 from mim_framework.recipe import Recipe, load_recipe
+from mim_framework.runtime.launch import process_group
+from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import ComponentContract, RecipeContract, RegistryWith, run_ranks
 from mim_framework.testing.contract import SHORT, state_of, weights_of
 from mim_framework.trainer import Trainer, train

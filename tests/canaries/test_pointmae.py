@@ -19,10 +19,10 @@ from mim_framework.build import build_model, exempt_names, load_run, make_step
 from mim_framework.check import report
 from mim_framework.contract.world import World
 from mim_framework.data.loader import evaluation_batches
-from mim_framework.metrics import read_metrics
-from mim_framework.optim import parameter_groups
 from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
+from mim_framework.runtime.metrics import read_metrics
+from mim_framework.runtime.optim import parameter_groups
 from mim_framework.testing import ComponentContract, RecipeContract, RegistryWith, run_ranks
 from mim_framework.testing.contract import SHORT, CrashAtStep, losses_of, weights_of
 from mim_framework.trainer import train

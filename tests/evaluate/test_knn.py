@@ -11,7 +11,7 @@ import torch
 from mim_framework.base import rng
 from mim_framework.base.errors import CheckpointError, DataError
 from mim_framework.build import load_run
-from mim_framework.checkpoint import find_latest, save_checkpoint
+from mim_framework.checkpoints.checkpoint import find_latest, save_checkpoint
 from mim_framework.contract.records import Sample
 from mim_framework.contract.world import World
 from mim_framework.evaluate import knn

@@ -31,7 +31,7 @@ from mim_framework.build import make_step
 from mim_framework.builtins.vit import vit_layer_id
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Masked
-from mim_framework.optim import OptimSection, layer_decay_scale, parameter_groups
+from mim_framework.runtime.optim import OptimSection, layer_decay_scale, parameter_groups
 
 CASES = cases("beit_*.safetensors")
 SCHEDULES = read_json("beit_schedule.json")

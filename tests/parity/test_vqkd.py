@@ -31,7 +31,7 @@ from mim_framework.build import make_step
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Masked
 from mim_framework.contract.step import Step
-from mim_framework.optim import OptimSection
+from mim_framework.runtime.optim import OptimSection
 
 CASES = cases("vqkd_*.safetensors")
 SCHEDULES = read_json("beit_schedule.json")

@@ -14,15 +14,16 @@ from mim_plugin_beitv2 import PatchAggregation
 from tiny import RECIPE
 from torch import Tensor, nn
 
-from mim_framework import Mask, checkpoint, hookimpl
+from mim_framework import Mask, hookimpl
 from mim_framework.base.errors import RecipeError
 from mim_framework.build import Model, build_model, load_run, make_step, preflight
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.losses import CrossEntropyLoss
 from mim_framework.check import report
+from mim_framework.checkpoints import checkpoint
 from mim_framework.contract.records import Ask
-from mim_framework.metrics import read_metrics
 from mim_framework.recipe import Recipe, load_recipe
+from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.trainer import train
 

@@ -14,12 +14,20 @@ from tiny import RECIPE
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mim_framework import Ask, Grid, Mask, Specs, ViewSpec, checkpoint, hookimpl
+from mim_framework import (
+    Ask,
+    Grid,
+    Mask,
+    Specs,
+    ViewSpec,
+    hookimpl,
+)
 from mim_framework.base.errors import RecipeError
 from mim_framework.build import build_model, build_optimizers, load_run, make_step, preflight
 from mim_framework.check import report
-from mim_framework.metrics import read_metrics
+from mim_framework.checkpoints import checkpoint
 from mim_framework.recipe import Recipe, load_recipe
+from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.trainer import train
 

@@ -10,9 +10,10 @@ import torch
 from tiny import RECIPE
 from torch import Tensor
 
-from mim_framework import checkpoint, hookimpl
-from mim_framework.metrics import read_metrics
+from mim_framework import hookimpl
+from mim_framework.checkpoints import checkpoint
 from mim_framework.recipe import load_recipe
+from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.trainer import train
 

@@ -25,7 +25,7 @@ from torch.nn.functional import conv2d, linear, pixel_shuffle
 from mim_framework import Grid, Mask, unpatchify
 from mim_framework.base.errors import CheckpointError
 from mim_framework.build import Model, build_model
-from mim_framework.checkpoint import save_checkpoint
+from mim_framework.checkpoints.checkpoint import save_checkpoint
 from mim_framework.convert import export_run, import_checkpoint
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, dump_recipe

@@ -23,7 +23,7 @@ from mim_framework.contract.components import Component, Encoder, Head
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Latent
 from mim_framework.contract.step import Step
-from mim_framework.distributed import local
+from mim_framework.runtime.sharding import local
 
 
 class TeacherSection(AliasedSection):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mim_framework.base.errors import CheckpointError
-from mim_framework.checkpoint import Checkpoint
+from mim_framework.checkpoints.checkpoint import Checkpoint
 from mim_framework.contract.world import World
-from mim_framework.distributed import gather_full, like
-from mim_framework.optim import Optimizer
+from mim_framework.runtime.optim import Optimizer
+from mim_framework.runtime.sharding import gather_full, like
 
 
 def gather(
