@@ -27,8 +27,9 @@ from PIL import Image, ImageDraw
 from torchvision import transforms
 
 from mim_framework.base.section import Choice
-from mim_framework.data.loader import BatchLayout, DataSection, Loader
-from mim_framework.data.sources import FolderSource
+from mim_framework.data.loader import DataSection, Loader
+from mim_framework.data.order import BatchLayout
+from mim_framework.data.sources.folder import FolderSource
 from mim_framework.data.views import ImageViews
 
 

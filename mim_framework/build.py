@@ -16,19 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mim_framework.base.errors import (
-    CheckpointError,
-    MimError,
-    RecipeError,
-    did_you_mean,
-)
+from mim_framework.base.errors import CheckpointError, MimError, RecipeError, did_you_mean
 from mim_framework.base.section import Choice
-from mim_framework.checkpoints.checkpoint import (
-    Checkpoint,
-    find_latest,
-    load,
-    load_weights,
-)
+from mim_framework.checkpoints.checkpoint import Checkpoint, find_latest, load, load_weights
 from mim_framework.contract.components import (
     Component,
     Decoder,
@@ -45,7 +35,7 @@ from mim_framework.contract.components import (
 from mim_framework.contract.specs import EncoderSpec, MaskerSpec, Specs
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
-from mim_framework.data.tokens import CachedTokenViews, TokenCache
+from mim_framework.data.companions import CachedTokenViews, TokenCache
 from mim_framework.evaluate.knn import check_pool
 from mim_framework.nn.images import Renormalize
 from mim_framework.plugins import Registry

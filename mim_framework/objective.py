@@ -10,12 +10,7 @@ from torch import Tensor, nn
 from mim_framework.base.section import Section
 from mim_framework.contract.components import Objective, Parts
 from mim_framework.contract.mask import Mask
-from mim_framework.contract.records import (
-    Ask,
-    Latent,
-    Masked,
-    Views,
-)
+from mim_framework.contract.records import Ask, Latent, Masked, Views
 from mim_framework.contract.step import Step
 
 

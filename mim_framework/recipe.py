@@ -17,16 +17,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 from mim_framework.base.errors import PluginError, RecipeError
 from mim_framework.base.schedule import Schedule
 from mim_framework.base.section import Choice, Section
-from mim_framework.base.validation import (
-    KeyPath,
-    Problem,
-    annotations_at,
-    describe,
-    fields_at,
-    key,
-    show,
-    validate,
-)
+from mim_framework.base.validation import KeyPath, Problem, annotations_at, describe, fields_at, key, show, validate
 from mim_framework.checkpoints.checkpoint import CheckpointSection
 from mim_framework.contract.hooks import HOOK_OF_KIND
 from mim_framework.data.loader import DataSection

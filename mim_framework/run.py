@@ -28,7 +28,8 @@ from mim_framework.checkpoints.checkpoint import list_checkpoints
 from mim_framework.contract.components import Source
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
-from mim_framework.data.loader import Batch, BatchLayout
+from mim_framework.data.loader import Batch
+from mim_framework.data.order import BatchLayout
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, dump_recipe, load_recipe
 

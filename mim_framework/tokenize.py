@@ -15,9 +15,10 @@ from mim_framework.base.precision import uses_bfloat16
 from mim_framework.build import Model, build_model, build_source, decides_pixels, make_step
 from mim_framework.contract.components import Source, Target
 from mim_framework.contract.records import Masked
+from mim_framework.data.companions import TokenFacts, TokenWriter
 from mim_framework.data.decode import BrokenImage
-from mim_framework.data.loader import TrainingReader, prefetch
-from mim_framework.data.tokens import TokenFacts, TokenWriter
+from mim_framework.data.prefetch import prefetch
+from mim_framework.data.reader import TrainingReader
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 from mim_framework.runtime.launch import choose_device

@@ -25,8 +25,8 @@ from mim_framework.build import build_model, build_optimizers, build_source, pre
 from mim_framework.checkpoints import checkpoint, state
 from mim_framework.contract.components import Component
 from mim_framework.contract.world import World
+from mim_framework.data.companions import CachedTokenViews
 from mim_framework.data.loader import Batch, Loader
-from mim_framework.data.tokens import CachedTokenViews
 from mim_framework.evaluate.knn import online_knn
 from mim_framework.evaluate.reconstruct import draw_fixed
 from mim_framework.plugins import Registry
@@ -35,13 +35,7 @@ from mim_framework.report import Progress
 from mim_framework.run import Run, batch_layout, prepare_directory, run_length, sole_run
 from mim_framework.runtime.launch import STOP_SIGNALS, process_group
 from mim_framework.runtime.metrics import MetricsWriter, Throughput, as_picture
-from mim_framework.runtime.sharding import (
-    compile_blocks,
-    gradient_sync,
-    shard,
-    whole_weights,
-    wrap,
-)
+from mim_framework.runtime.sharding import compile_blocks, gradient_sync, shard, whole_weights, wrap
 
 logger = logging.getLogger(__name__)
 

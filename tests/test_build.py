@@ -13,37 +13,13 @@ from torch import nn
 
 from mim_framework.base.errors import CheckpointError, RecipeError
 from mim_framework.base.section import Section
-from mim_framework.build import (
-    build_model,
-    build_optimizers,
-    build_source,
-    load_into,
-    load_run,
-    make_step,
-    preflight,
-)
+from mim_framework.build import build_model, build_optimizers, build_source, load_into, load_run, make_step, preflight
 from mim_framework.builtins.maskers import RandomMasker
 from mim_framework.checkpoints.checkpoint import save_checkpoint
-from mim_framework.contract.components import (
-    Decoder,
-    Encoder,
-    Loss,
-    Objective,
-    Target,
-)
+from mim_framework.contract.components import Decoder, Encoder, Loss, Objective, Target
 from mim_framework.contract.mask import Grid, Mask
-from mim_framework.contract.records import (
-    Ask,
-    Latent,
-    Masked,
-    Pred,
-)
-from mim_framework.contract.specs import (
-    EncoderSpec,
-    MaskerSpec,
-    PredSpec,
-    TargetSpec,
-)
+from mim_framework.contract.records import Ask, Latent, Masked, Pred
+from mim_framework.contract.specs import EncoderSpec, MaskerSpec, PredSpec, TargetSpec
 from mim_framework.recipe import dump_recipe, load_recipe
 from mim_framework.testing import RegistryWith
 

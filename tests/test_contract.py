@@ -28,31 +28,11 @@ from mim_framework.builtins.losses import CrossEntropyLoss, MSELoss
 from mim_framework.builtins.maskers import RandomMasker
 from mim_framework.check import report
 from mim_framework.checkpoints import checkpoint
-from mim_framework.contract.components import (
-    Decoder,
-    Encoder,
-    Loss,
-    Masker,
-    Objective,
-    Source,
-    Target,
-    ViewBuilder,
-)
+from mim_framework.contract.components import Decoder, Encoder, Loss, Masker, Objective, Source, Target, ViewBuilder
 from mim_framework.contract.hooks import hookimpl
 from mim_framework.contract.mask import Grid, Mask
-from mim_framework.contract.records import (
-    Ask,
-    Latent,
-    Masked,
-    Pred,
-    Sample,
-)
-from mim_framework.contract.specs import (
-    EncoderSpec,
-    MaskerSpec,
-    TargetSpec,
-    ViewSpec,
-)
+from mim_framework.contract.records import Ask, Latent, Masked, Pred, Sample
+from mim_framework.contract.specs import EncoderSpec, MaskerSpec, TargetSpec, ViewSpec
 from mim_framework.data.views import ImageViews
 from mim_framework.nn.masking import gather_tokens, mask_from_noise
 from mim_framework.nn.patches import patchify, unpatchify

@@ -19,12 +19,7 @@ from mim_framework import cli
 from mim_framework.base.errors import CheckpointError, MimError, RecipeError
 from mim_framework.contract.world import World
 from mim_framework.runtime.launch import choose_device, launch, process_group
-from mim_framework.runtime.sharding import (
-    gather_full,
-    like,
-    shard,
-    wrap,
-)
+from mim_framework.runtime.sharding import gather_full, like, shard, wrap
 from mim_framework.testing import run_ranks
 
 

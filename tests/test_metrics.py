@@ -13,13 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mim_framework.base.errors import MimError
-from mim_framework.runtime.metrics import (
-    LogSection,
-    MetricsWriter,
-    Throughput,
-    peak_memory,
-    read_metrics,
-)
+from mim_framework.runtime.metrics import LogSection, MetricsWriter, Throughput, peak_memory, read_metrics
 
 QUIET = LogSection(tensorboard=False)
 

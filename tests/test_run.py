@@ -16,25 +16,14 @@ import tiny
 import torch
 import yaml
 
-from mim_framework.base.errors import (
-    CheckpointError,
-    DataError,
-    MimError,
-    RecipeError,
-)
+from mim_framework.base.errors import CheckpointError, DataError, MimError, RecipeError
 from mim_framework.base.precision import uses_bfloat16
 from mim_framework.checkpoints import checkpoint
 from mim_framework.contract.hooks import hookimpl
 from mim_framework.contract.world import World
-from mim_framework.data.sources import DigitsSource
+from mim_framework.data.sources.digits import DigitsSource
 from mim_framework.recipe import load_recipe
-from mim_framework.run import (
-    Run,
-    batch_layout,
-    prepare_directory,
-    run_length,
-    sole_run,
-)
+from mim_framework.run import Run, batch_layout, prepare_directory, run_length, sole_run
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.train_config import TrainSection

@@ -7,13 +7,7 @@ import math
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from mim_framework.base.schedule import (
-    Curve,
-    Schedule,
-    epoch_of,
-    extremes,
-    value_at,
-)
+from mim_framework.base.schedule import Curve, Schedule, epoch_of, extremes, value_at
 
 
 def test_a_plain_number_is_constant():

@@ -20,7 +20,7 @@ from mim_framework.contract.components import Encoder
 from mim_framework.contract.mask import Grid
 from mim_framework.contract.records import Ask, Latent
 from mim_framework.contract.specs import EncoderSpec, ViewSpec
-from mim_framework.data.tokens import TokenCache
+from mim_framework.data.companions import TokenCache
 from mim_framework.evaluate.knn import KNNSection
 from mim_framework.evaluate.run import evaluate_run
 from mim_framework.nn.images import Renormalize

@@ -9,14 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from mim_framework.base.schedule import Schedule
 from mim_framework.base.section import Choice, Section
-from mim_framework.base.validation import (
-    Problem,
-    annotations_at,
-    describe,
-    fields_at,
-    show,
-    validate,
-)
+from mim_framework.base.validation import Problem, annotations_at, describe, fields_at, show, validate
 
 
 def _even(number: int) -> int:

@@ -9,7 +9,9 @@ from mim_framework.builtins.maskers import BlockMasker, NoMasker, RandomMasker
 from mim_framework.builtins.targets import FeatureTarget, PixelTarget, TokenTarget
 from mim_framework.builtins.vit import MaskTokenViT
 from mim_framework.contract.hooks import hookimpl
-from mim_framework.data.sources import DigitsSource, FolderSource, TorchvisionSource
+from mim_framework.data.sources.digits import DigitsSource
+from mim_framework.data.sources.folder import FolderSource
+from mim_framework.data.sources.torchvision import TorchvisionSource
 from mim_framework.data.views import ImageViews
 from mim_framework.objective import MaskedPrediction
 

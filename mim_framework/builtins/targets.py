@@ -12,7 +12,7 @@ from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Masked, Pred
 from mim_framework.contract.specs import Specs, TargetSpec
 from mim_framework.contract.step import Step
-from mim_framework.data.tokens import VIEW_OF_IDS
+from mim_framework.data.companions import VIEW_OF_IDS
 from mim_framework.nn.masking import gather_tokens, paste
 from mim_framework.nn.patches import normalize_patches, patch_grid, patchify, unpatchify
 

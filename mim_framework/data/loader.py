@@ -1,43 +1,29 @@
-"""Batches of a run: which sample stands at which position, prefetching, and what happens to broken images.
-
-Position p of the run is the same sample with the same crop on any number of ranks, accumulation steps and workers, and
-after a resume: `BatchLayout` says which positions a micro-batch holds, `SampleOrder` which sample stands at a position.
-"""
+"""Batches of a run: prefetched, counted, and stopped where too many images are broken. Start at `Loader`."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
-import sys
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torchdata.stateful_dataloader import StatefulDataLoader
 
-from mim_framework.base import rng
 from mim_framework.base.errors import DataError
 from mim_framework.base.section import Choice, Section
 from mim_framework.contract.components import Source, ViewBuilder
-from mim_framework.data.decode import BrokenImage
-from mim_framework.runtime.launch import STOP_SIGNALS
+from mim_framework.data.order import BatchLayout, SampleOrder
+from mim_framework.data.prefetch import prefetch
+from mim_framework.data.reader import MAX_REPLACEMENTS, Broken, Request, TrainingReader, _EvaluationReader
 
 TOLERATED_BROKEN = 10
 """So many broken images are accepted whatever their share, so that a run does not stop at its first batch."""
-MAX_REPLACEMENTS = 16
-"""So many samples in a row may be broken before a position is given up."""
-SIGNAL_SECONDS = 10.0
-"""A worker takes SIGTERM for one to the whole job until so many seconds after the first."""
 
 
 class DataSection(Section):
@@ -71,65 +57,6 @@ class DataSection(Section):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return min(16, max(1, cores // ranks_here - 1))
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """How the positions of an optimizer step are dealt to micro-batches and ranks.
-
-    `total_batch_size` images per optimizer step over all ranks, `batch_size` per rank and micro-batch.
-    """
-
-    total_batch_size: int
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        if self.total_batch_size % (self.batch_size * self.world_size):
-            raise ValueError(
-                f"total_batch_size {self.total_batch_size} is not a multiple of batch_size {self.batch_size} x "
-                f"{self.world_size} ranks"
-            )
-
-    @property
-    def accum_steps(self) -> int:
-        """Micro-batches of one rank per optimizer step."""
-        return self.total_batch_size // (self.batch_size * self.world_size)
-
-    def positions(self, step: int, micro: int) -> range:
-        """The global positions of this rank's micro-batch `micro` in optimizer step `step`, both from 0."""
-        start = step * self.total_batch_size + (micro * self.world_size + self.rank) * self.batch_size
-        return range(start, start + self.batch_size)
-
-
-class SampleOrder:
-    """Position in the run -> index of the sample: every epoch is a new random order of all samples."""
-
-    def __init__(self, seed: int, num_samples: int) -> None:
-        self._seed, self._num_samples = seed, num_samples
-        self._epochs: dict[int, Tensor] = {}
-
-    def indices(self, positions: Iterable[int]) -> list[int]:
-        return [int(self._epoch(p // self._num_samples)[p % self._num_samples]) for p in positions]
-
-    def _epoch(self, epoch: int) -> Tensor:
-        if epoch not in self._epochs:
-            while len(self._epochs) > 1:  # a batch can reach into the next epoch: two are kept
-                del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = rng.permutation(self._seed, f"epoch {epoch}", self._num_samples)
-        return self._epochs[epoch]
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A sample that could not be used: `index` in the source, at `position` of the run. `cause` as in `BrokenImage`."""
-
-    position: int
-    index: int
-    name: str
-    cause: str
-    detail: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,148 +196,3 @@ def evaluation_batches(
             on_broken(sample)
         if images is not None:
             yield {"x": images}, labels
-
-
-class Request(NamedTuple):
-    """What a worker is asked for: plain numbers, which travel to it faster than tensors."""
-
-    step: int
-    micro: int
-    positions: list[int]
-    indices: list[int]
-
-
-class TrainingReader:
-    """Reads one micro-batch per call, in a worker."""
-
-    def __init__(self, source: Source, views: ViewBuilder, seed: int, views_per_image: int | None = None) -> None:
-        self.source, self.views, self.seed, self.views_per_image = source, views, seed, views_per_image
-
-    def __getitem__(self, request: Request) -> tuple[Request, dict[str, Tensor] | None, list[Broken]]:
-        """The request, its batch (None if a position found no usable sample) and the broken samples."""
-        broken: list[Broken] = []
-        samples = []
-        rand = None
-        if self.views_per_image is None:
-            rand = rng.uniform(self.seed, "views", torch.tensor(request.positions), self.views.num_random)
-        for number, (position, index) in enumerate(zip(request.positions, request.indices, strict=True)):
-            sample = self._sample(position, index, None if rand is None else rand[number], broken)
-            if sample is None:
-                return request, None, broken
-            samples.append(sample)
-        return request, self.views.collate(samples), broken
-
-    def fixed_view(self, index: int, number: int) -> dict[str, Tensor]:
-        """One of the fixed views of a sample: its crop follows from the sample and the number alone.
-
-        Raises:
-            BrokenImage: if the sample cannot be used.
-        """
-        place = torch.tensor([index * self.views_per_image + number])
-        row = rng.uniform(self.seed, "fixed views", place, self.views.num_random)[0]
-        return self.views.for_sample(self.source.read(index), row, index, number)
-
-    def _sample(self, position: int, index: int, row: Tensor | None, broken: list[Broken]) -> dict[str, Tensor] | None:
-        """The views of the sample, or of the first usable one of those that this position falls back to."""
-        for attempt in range(1 + MAX_REPLACEMENTS):
-            try:
-                if row is None:
-                    return self.fixed_view(index, position // len(self.source) % self.views_per_image)
-                return self.views.for_sample(self.source.read(index), row, index, 0)
-            except BrokenImage as error:
-                broken.append(Broken(position, index, error.name, error.cause, error.detail))
-            bits = rng.random_bits(self.seed, "replacement", torch.tensor([position]), MAX_REPLACEMENTS)
-            index = int(bits[0, min(attempt, MAX_REPLACEMENTS - 1)] % len(self.source))
-        return None
-
-
-class _EvaluationReader:
-    """Reads the evaluation views of some indices per call, in a worker."""
-
-    def __init__(self, source: Source, views: ViewBuilder) -> None:
-        self.source, self.views = source, views
-
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor | None, Tensor, list[Broken]]:
-        images, labels, broken = [], [], []
-        for index in indices:
-            try:
-                sample = self.source.read(index)
-                images.append(self.views.evaluation_view(sample))
-                labels.append(-1 if sample.label is None else sample.label)
-            except BrokenImage as error:
-                broken.append(Broken(index, index, error.name, error.cause, error.detail))
-        return torch.stack(images) if images else None, torch.tensor(labels, dtype=torch.int64), broken
-
-
-def prefetch(
-    reader: Any,
-    requests: Iterable[Any],
-    *,
-    workers: int,
-    remote: bool,
-    prefetch_factor: int = 2,
-    pin_memory: bool = False,
-) -> Iterator[Any]:
-    """`reader[request]` for every request, in order, read ahead by `workers` processes."""
-    with warnings.catch_warnings(), _signals_held_back():
-        # torchdata 0.11 calls this on every construction; torch has deprecated it
-        warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
-        # Python 3.12 warns of a fork beside other threads; the workers use no lock that torch's threads could hold
-        warnings.filterwarnings("ignore", message=".*use of fork\\(\\)", category=DeprecationWarning)
-        return iter(
-            StatefulDataLoader(
-                reader,
-                batch_size=None,  # one request is one batch already
-                sampler=requests,
-                num_workers=workers,
-                collate_fn=_unchanged,
-                prefetch_factor=prefetch_factor if workers else None,
-                multiprocessing_context=_context(remote) if workers else None,
-                pin_memory=pin_memory,
-                worker_init_fn=_outlive_the_signals_to_the_job,
-                generator=torch.Generator(),  # it draws a seed that nothing uses: leave the global generator alone
-                snapshot_every_n_steps=None,
-            )
-        )
-
-
-def _context(remote: bool) -> multiprocessing.context.BaseContext:
-    """Fork is fastest, but the threads and connections of a remote file system do not survive it."""
-    if sys.platform == "linux" and not remote:
-        return multiprocessing.get_context("fork")
-    return multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Workers, and a fork server, start with the signals blocked: none can end one before it has its handlers."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _outlive_the_signals_to_the_job(worker: int) -> None:
-    """Ctrl-C and a scheduler's signals reach every process of a job, SIGTERM often twice, as a launcher passes it on.
-
-    They are for the training process, which still wants batches until it has saved. A later SIGTERM is for the worker.
-    """
-    first: float | None = None
-
-    def on_sigterm(number: int, frame: Any) -> None:
-        nonlocal first
-        now = time.monotonic()
-        first = now if first is None else first
-        if now - first > SIGNAL_SECONDS:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, on_sigterm)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

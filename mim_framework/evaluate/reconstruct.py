@@ -12,12 +12,7 @@ from torch import Tensor
 
 from mim_framework.base.errors import DataError, MimError
 from mim_framework.build import load_run, make_step
-from mim_framework.contract.components import (
-    Objective,
-    Source,
-    Target,
-    ViewBuilder,
-)
+from mim_framework.contract.components import Objective, Source, Target, ViewBuilder
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Pred, Sample
 from mim_framework.contract.step import Step

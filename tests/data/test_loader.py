@@ -20,18 +20,12 @@ from mim_framework.base.errors import DataError
 from mim_framework.base.section import Choice
 from mim_framework.contract.components import Source
 from mim_framework.contract.records import Sample
-from mim_framework.data import loader as loader_module
+from mim_framework.data import prefetch
 from mim_framework.data.decode import BrokenImage
-from mim_framework.data.loader import (
-    TOLERATED_BROKEN,
-    BatchLayout,
-    Broken,
-    DataSection,
-    Loader,
-    SampleOrder,
-    evaluation_batches,
-)
-from mim_framework.data.sources import FolderSource
+from mim_framework.data.loader import TOLERATED_BROKEN, DataSection, Loader, evaluation_batches
+from mim_framework.data.order import BatchLayout, SampleOrder
+from mim_framework.data.reader import Broken
+from mim_framework.data.sources.folder import FolderSource
 from mim_framework.data.views import ImageViews
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # a machine of one core
@@ -174,7 +168,7 @@ def test_a_worker_outlives_the_signals_to_the_whole_job():
 
 
 def test_a_worker_takes_a_late_sigterm_for_itself(monkeypatch):
-    monkeypatch.setattr(loader_module, "SIGNAL_SECONDS", 0.05)
+    monkeypatch.setattr(prefetch, "SIGNAL_SECONDS", 0.05)
     batches = iter(make_loader(workers=1))
     next(batches)
     (worker,) = multiprocessing.active_children()
@@ -194,7 +188,7 @@ def test_a_signal_while_the_workers_start_is_for_the_training_process():
     told = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     try:
-        with loader_module._signals_held_back():
+        with prefetch._signals_held_back():
             signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # other tests may have left other threads
             child = multiprocessing.get_context("fork").Process(target=lambda: os.kill(os.getpid(), signal.SIGTERM))
             child.start()

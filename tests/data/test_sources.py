@@ -15,7 +15,9 @@ from torchvision import datasets
 
 from mim_framework.base.errors import DataError
 from mim_framework.data.decode import BrokenImage
-from mim_framework.data.sources import DigitsSource, FolderSource, TorchvisionSource
+from mim_framework.data.sources.digits import DigitsSource
+from mim_framework.data.sources.folder import FolderSource
+from mim_framework.data.sources.torchvision import TorchvisionSource
 
 
 def png(value: int) -> bytes:

@@ -14,14 +14,7 @@ from tiny import RECIPE
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mim_framework import (
-    Ask,
-    Grid,
-    Mask,
-    Specs,
-    ViewSpec,
-    hookimpl,
-)
+from mim_framework import Ask, Grid, Mask, Specs, ViewSpec, hookimpl
 from mim_framework.base.errors import RecipeError
 from mim_framework.build import build_model, build_optimizers, load_run, make_step, preflight
 from mim_framework.check import report

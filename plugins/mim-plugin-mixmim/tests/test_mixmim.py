@@ -40,7 +40,7 @@ from mim_framework.base.errors import CheckpointError, RecipeError
 from mim_framework.build import build_model, make_step
 from mim_framework.contract.world import World
 from mim_framework.convert import import_checkpoint
-from mim_framework.data.loader import BatchLayout
+from mim_framework.data.order import BatchLayout
 from mim_framework.evaluate.reconstruct import reconstruct
 from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe

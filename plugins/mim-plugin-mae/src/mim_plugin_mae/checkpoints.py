@@ -8,12 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
-from mim_framework.layouts.names import (
-    INSIDE_BLOCKS,
-    ReadByOfficialNames,
-    depth_of,
-    part_of,
-)
+from mim_framework.layouts.names import INSIDE_BLOCKS, ReadByOfficialNames, depth_of, part_of
 
 FIRST_MLP = "blocks.0.mlp.fc1.weight"
 ENCODER, DECODER = "encoder.", "heads.main.decoder."

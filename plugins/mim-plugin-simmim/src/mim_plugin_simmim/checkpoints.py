@@ -14,12 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat, unfold_to_places
-from mim_framework.layouts.names import (
-    INSIDE_BLOCKS,
-    ReadByOfficialNames,
-    part_of,
-    renamed,
-)
+from mim_framework.layouts.names import INSIDE_BLOCKS, ReadByOfficialNames, part_of, renamed
 from mim_framework.layouts.vit import to_timm_beit, vit_options
 
 ENCODER, HEAD = "encoder.", "heads.main.decoder.head."
