@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from mim_framework.builtins.losses import MSELoss
 from mim_framework.builtins.maskers import RandomMasker
+from mim_framework.builtins.objectives import MaskedPrediction
 from mim_framework.builtins.targets import PixelTarget
 from mim_framework.contract.components import Head, Objective, Parts
 from mim_framework.contract.specs import Specs, ViewSpec
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
-from mim_framework.objective import MaskedPrediction
 from mim_framework.runtime.optim import parameter_groups
 
 MODELS = {

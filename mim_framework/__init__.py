@@ -23,7 +23,7 @@ _HOME = {
         "API_VERSION", "CheckpointFormat", "Component", "Decoder", "Encoder", "Head", "Loss", "Masker", "Objective",
         "Parts", "Source", "Target", "ViewBuilder",
     ],
-    "objective": ["MaskedPrediction"],
+    "builtins.objectives": ["MaskedPrediction"],
     "nn.images": ["Renormalize"],
     "nn.attention": ["attend"],
     "nn.masking": ["gather_tokens", "paste"],

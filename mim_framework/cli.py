@@ -350,7 +350,7 @@ def evaluate() -> None:
 @click.pass_obj
 def knn(settings: Settings, run: Path) -> None:
     """Top-1 accuracy of nearest neighbours: raw pixels, untrained encoder, trained encoder."""
-    from mim_framework.evaluate.run import evaluate_run
+    from mim_framework.commands.evaluate import evaluate_run
 
     for name, value in evaluate_run(run, registry=settings.registry).items():
         click.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
@@ -395,7 +395,7 @@ def import_file(
 @click.pass_obj
 def reconstruct(settings: Settings, run: Path, images: tuple[Path, ...], output: Path | None) -> None:
     """Draw images masked and reconstructed by a run, as PNG files."""
-    from mim_framework.evaluate.reconstruct import reconstruct_run
+    from mim_framework.commands.reconstruct import reconstruct_run
 
     for path in reconstruct_run(run, list(images), output, registry=settings.registry):
         click.echo(path)

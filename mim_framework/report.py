@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
-from torch import Tensor
-
-from mim_framework.contract.mask import Grid
 
 if TYPE_CHECKING:
     from mim_framework.run import Run
@@ -94,57 +89,3 @@ def summary(measured: Mapping[str, float], speed: Mapping[str, float], eta: time
     if eta is not None:
         parts.append(f"ETA {eta}")
     return "  ".join(parts)
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-CAPTIONS = ("input", "masked", "reconstruction")
-GAP = 4
-"""Pixels around every image of a picture."""
-CAPTION_HEIGHT = 16
-_MIN_WIDTH = 96  # of an image, in pixels: room for the longest caption
-
-
-def mask_image(image: Tensor, hidden: Tensor, grid: Grid) -> Tensor:
-    """image (C, H, W) in [0, 1], hidden (N,) bool on `grid` -> the image with hidden patches grey.
-
-    Raises:
-        ValueError: if the image is not a whole number of grid cells.
-    """
-    rows, columns = grid.shape
-    height, width = image.shape[1:]
-    if height % rows or width % columns:
-        raise ValueError(f"image size {height}x{width} is not a multiple of the grid {grid}")
-    cells = hidden.reshape(rows, columns)
-    pixels = cells.repeat_interleave(height // rows, dim=0).repeat_interleave(width // columns, dim=1)
-    return image.masked_fill(pixels, 0.5)
-
-
-def reconstruction_picture(
-    rows: Sequence[tuple[Tensor, ...]], scale: int | None = None, captions: Sequence[str] = CAPTIONS
-) -> Image.Image:
-    """A table of images with a caption above each column.
-
-    Args:
-        rows: images (C, H, W) in [0, 1], all of one size, C = 1 or 3; values outside are clipped.
-        scale: factor of the nearest-neighbour enlargement; by default the smallest that makes the captions fit.
-    """
-    height, width = rows[0][0].shape[1:]
-    scale = scale or math.ceil(_MIN_WIDTH / width)
-    cell_height, cell_width = height * scale + GAP, width * scale + GAP
-    size = (len(captions) * cell_width + GAP, CAPTION_HEIGHT + len(rows) * cell_height + GAP)
-    picture = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(picture)
-    for column, caption in enumerate(captions):
-        draw.text((GAP + column * cell_width, GAP), caption, fill="black", font=ImageFont.load_default())
-    for row, images in enumerate(rows):
-        for column, image in enumerate(images):
-            corner = (GAP + column * cell_width, CAPTION_HEIGHT + GAP + row * cell_height)
-            enlarged = (width * scale, height * scale)
-            picture.paste(_to_pil(image).resize(enlarged, Image.Resampling.NEAREST), corner)
-    return picture
-
-
-def _to_pil(image: Tensor) -> Image.Image:
-    pixels = image.detach().float().cpu().nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8)
-    return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())

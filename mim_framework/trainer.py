@@ -28,7 +28,6 @@ from mim_framework.contract.world import World
 from mim_framework.data.companions import CachedTokenViews
 from mim_framework.data.loader import Batch, Loader
 from mim_framework.evaluate.knn import online_knn
-from mim_framework.evaluate.reconstruct import draw_fixed
 from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
 from mim_framework.report import Progress
@@ -36,6 +35,7 @@ from mim_framework.run import Run, batch_layout, prepare_directory, run_length, 
 from mim_framework.runtime.launch import STOP_SIGNALS, process_group
 from mim_framework.runtime.metrics import MetricsWriter, Throughput, as_picture
 from mim_framework.runtime.sharding import compile_blocks, gradient_sync, shard, whole_weights, wrap
+from mim_framework.train.pictures import draw_fixed
 
 logger = logging.getLogger(__name__)
 

@@ -121,8 +121,8 @@ def test_check_and_bench_print_a_report(mim, calls):
 def test_commands_after_training_call_their_function(mim, calls, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "a.png").touch()
-    calls("mim_framework.evaluate.run", "evaluate_run", {"trained": 0.5, "images": 3})
-    calls("mim_framework.evaluate.reconstruct", "reconstruct_run", [Path("x.png"), Path("y.png")])
+    calls("mim_framework.commands.evaluate", "evaluate_run", {"trained": 0.5, "images": 3})
+    calls("mim_framework.commands.reconstruct", "reconstruct_run", [Path("x.png"), Path("y.png")])
     assert mim("eval", "knn", "runs").output == "trained: 0.5000\nimages: 3\n"
     assert mim("reconstruct", "runs", "a.png", "--output", "out").output == "x.png\ny.png\n"
     calls("mim_framework.convert", "export_run", Path("out.safetensors"))

@@ -7,8 +7,8 @@ from statistics import fmean
 
 import pytest
 
+from mim_framework.commands.evaluate import evaluate_run
 from mim_framework.evaluate.knn import KNNSection
-from mim_framework.evaluate.run import evaluate_run
 from mim_framework.plugins import BUILTINS, Registry
 from mim_framework.recipe import load_recipe
 from mim_framework.testing import contract

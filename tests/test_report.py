@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from mim_framework.contract.mask import Grid
-from mim_framework.report import CAPTION_HEIGHT, GAP, Progress, mask_image, reconstruction_picture, summary
+from mim_framework.evaluate.pictures import CAPTION_HEIGHT, GAP, mask_image, reconstruction_picture
+from mim_framework.report import Progress, summary
 
 SPEED = {"images_per_s": 812.4, "step_s": 0.5, "wait_share": 0.034}
 THROUGHPUT = SimpleNamespace(recent=lambda: SPEED, eta=lambda remaining: timedelta(seconds=remaining))

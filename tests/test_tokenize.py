@@ -16,13 +16,13 @@ from torch import nn
 
 from mim_framework.base.errors import DataError, MimError, RecipeError
 from mim_framework.build import build_model, make_step, preflight
+from mim_framework.commands.evaluate import evaluate_run
 from mim_framework.contract.components import Encoder
 from mim_framework.contract.mask import Grid
 from mim_framework.contract.records import Ask, Latent
 from mim_framework.contract.specs import EncoderSpec, ViewSpec
 from mim_framework.data.companions import TokenCache
 from mim_framework.evaluate.knn import KNNSection
-from mim_framework.evaluate.run import evaluate_run
 from mim_framework.nn.images import Renormalize
 from mim_framework.nn.patches import patchify
 from mim_framework.recipe import load_recipe

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from mim_framework.builtins.decoders import LinearDecoder
-from mim_framework.builtins.encoders import TimmEncoder
 from mim_framework.builtins.losses import CosineLoss, CrossEntropyLoss, L1Loss, MSELoss
 from mim_framework.builtins.maskers import BlockMasker, NoMasker, RandomMasker
+from mim_framework.builtins.objectives import MaskedPrediction
 from mim_framework.builtins.targets import FeatureTarget, PixelTarget, TokenTarget
+from mim_framework.builtins.timm import TimmEncoder
 from mim_framework.builtins.vit import MaskTokenViT
 from mim_framework.contract.hooks import hookimpl
 from mim_framework.data.sources.digits import DigitsSource
 from mim_framework.data.sources.folder import FolderSource
 from mim_framework.data.sources.torchvision import TorchvisionSource
 from mim_framework.data.views import ImageViews
-from mim_framework.objective import MaskedPrediction
 
 
 @hookimpl

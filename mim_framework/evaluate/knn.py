@@ -22,7 +22,7 @@ from mim_framework.contract.mask import Mask
 from mim_framework.contract.specs import EncoderSpec
 from mim_framework.contract.world import World
 from mim_framework.data.loader import evaluation_batches
-from mim_framework.evaluate import evaluation_mode
+from mim_framework.evaluate.base import evaluation_mode
 
 MAX_RAW_SIDE = 32
 """Raw pixels are compared at this size at most, as larger images would not fit into memory."""

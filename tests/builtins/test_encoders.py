@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from mim_framework.base.errors import CheckpointError, RecipeError
 from mim_framework.build import build_model, make_step
-from mim_framework.builtins.encoders import TimmEncoder
+from mim_framework.builtins.timm import TimmEncoder
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.specs import Specs, ViewSpec
 from mim_framework.plugins import Registry

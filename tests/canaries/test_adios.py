@@ -17,10 +17,10 @@ from mim_framework import MimError
 from mim_framework.base import rng
 from mim_framework.base.errors import RecipeError
 from mim_framework.build import build_model, load_run, make_step
+from mim_framework.commands.evaluate import evaluate_run
 from mim_framework.contract.records import Sample
 from mim_framework.contract.step import Step
 from mim_framework.evaluate.knn import KNNSection
-from mim_framework.evaluate.run import evaluate_run
 from mim_framework.recipe import Recipe, load_recipe
 from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics

@@ -12,6 +12,7 @@ from mim_framework.base import rng
 from mim_framework.base.errors import CheckpointError, DataError
 from mim_framework.build import load_run
 from mim_framework.checkpoints.checkpoint import find_latest, save_checkpoint
+from mim_framework.commands.evaluate import evaluate_run
 from mim_framework.contract.records import Sample
 from mim_framework.contract.world import World
 from mim_framework.evaluate import knn
@@ -25,7 +26,6 @@ from mim_framework.evaluate.knn import (
     pooled_tokens,
     raw_pixels,
 )
-from mim_framework.evaluate.run import evaluate_run
 from mim_framework.testing import run_ranks
 
 CPU = torch.device("cpu")

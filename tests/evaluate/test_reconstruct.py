@@ -13,8 +13,10 @@ from torch import nn
 
 from mim_framework.base.errors import DataError, MimError
 from mim_framework.build import load_run, make_step
-from mim_framework.evaluate.reconstruct import draw_fixed, reconstruct, reconstruct_run
-from mim_framework.report import CAPTION_HEIGHT, GAP
+from mim_framework.commands.reconstruct import reconstruct_run
+from mim_framework.evaluate.pictures import CAPTION_HEIGHT, GAP
+from mim_framework.evaluate.reconstruct import reconstruct
+from mim_framework.train.pictures import draw_fixed
 
 RED, GREY, WHITE = (200, 0, 0), (128, 128, 128), (255, 255, 255)
 
