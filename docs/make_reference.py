@@ -32,8 +32,9 @@ from mim_framework.base.schedule import Curve
 from mim_framework.base.section import Choice
 from mim_framework.contract import hooks
 from mim_framework.contract.components import KINDS, Component
-from mim_framework.plugins import RecipeInfo, Registry
 from mim_framework.recipe import Recipe
+from mim_framework.registry.installed import RecipeInfo
+from mim_framework.registry.registry import Registry
 from mim_framework.yaml_loader import read_yaml
 
 FOLDER = Path(__file__).parent / "reference"

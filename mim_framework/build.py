@@ -38,8 +38,8 @@ from mim_framework.contract.world import World
 from mim_framework.data.companions import CachedTokenViews, TokenCache
 from mim_framework.evaluate.knn import check_pool
 from mim_framework.nn.images import Renormalize
-from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, load_recipe
+from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import choose_device
 from mim_framework.runtime.optim import Optimizer, assign
 from mim_framework.runtime.teachers import Teachers, TeacherSection

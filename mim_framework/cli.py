@@ -18,7 +18,7 @@ import click
 
 from mim_framework import __version__
 from mim_framework.base.errors import MimError, PluginError, RecipeError
-from mim_framework.plugins import Registry
+from mim_framework.registry.registry import Registry
 
 if TYPE_CHECKING:
     from mim_framework.recipe import Recipe

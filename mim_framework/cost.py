@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mim_framework.base.errors import RecipeError
 from mim_framework.build import Model, build_model, build_optimizers, failures_as_recipe_errors, make_step
-from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
+from mim_framework.registry.registry import Registry
 
 
 @dataclass(frozen=True)

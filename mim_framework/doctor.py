@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 from mim_framework.base.errors import PluginError
-from mim_framework.plugins import BUILTINS, Registry
+from mim_framework.registry.installed import BUILTINS
+from mim_framework.registry.registry import Registry
 
 PACKAGES = (
     "torch",

@@ -22,7 +22,7 @@ from mim_framework.checkpoints.checkpoint import CheckpointSection
 from mim_framework.contract.hooks import HOOK_OF_KIND
 from mim_framework.data.loader import DataSection
 from mim_framework.evaluate.knn import EvaluateSection
-from mim_framework.plugins import Registry, UnknownName
+from mim_framework.registry.registry import Registry, UnknownName
 from mim_framework.runtime.metrics import LogSection
 from mim_framework.runtime.optim import OptimSection
 from mim_framework.runtime.teachers import TeacherSection

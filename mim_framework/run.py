@@ -30,8 +30,8 @@ from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
 from mim_framework.data.loader import Batch
 from mim_framework.data.order import BatchLayout
-from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, dump_recipe, load_recipe
+from mim_framework.registry.registry import Registry
 
 MAY_CHANGE = (
     "description", "output_dir", "init", "data.workers", "data.prefetch_factor", "data.source.root", "data.max_broken",

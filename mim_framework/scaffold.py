@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from mim_framework.base.errors import MimError
-from mim_framework.plugins import KNOWN_METHODS, Registry
+from mim_framework.registry.registry import Registry, known_packages
 
 TEMPLATE = Path(__file__).parent / "template"
 TEMPLATE_NAME = "my-method"
@@ -79,7 +79,7 @@ def check_name(name: str, registry: Registry) -> None:
     for info in infos:
         if module in (_module(info.name), _module(info.distribution).removeprefix("mim_plugin_")):
             raise MimError(f"plugin '{info.name}' ({info.distribution}) is installed already; choose another name")
-    if package := next((each for each in KNOWN_METHODS.values() if each == f"mim-plugin-{name}"), None):
+    if package := next((each for each in known_packages().values() if each == f"mim-plugin-{name}"), None):
         raise MimError(f"{package} is a package of MIM Framework; choose another name, or pip install {package}")
     for info in infos:
         for component in info.components:

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from mim_framework import __version__
 from mim_framework.base.errors import DataError, RecipeError
 from mim_framework.cli import main
-from mim_framework.plugins import Registry
+from mim_framework.registry.registry import Registry
 
 GOOD = """\
 # A tiny recipe.

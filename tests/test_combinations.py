@@ -8,7 +8,7 @@ import make_combinations
 import pytest
 from make_combinations import PAGE, Outcome, attempts, names_of, page
 
-from mim_framework.plugins import Registry
+from mim_framework.registry.registry import Registry
 
 pytestmark = pytest.mark.slow
 

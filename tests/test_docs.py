@@ -9,8 +9,8 @@ import click
 import pytest
 
 from mim_framework.cli import main
-from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
+from mim_framework.registry.registry import Registry
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

@@ -8,7 +8,7 @@ import pytest
 
 from mim_framework import __version__, doctor
 from mim_framework.doctor import Finding, examine
-from mim_framework.plugins import Registry
+from mim_framework.registry.registry import Registry
 
 
 def by_topic(findings: list[Finding]) -> dict[str, Finding]:

@@ -14,11 +14,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from mim_framework import plugins
 from mim_framework.build import build_model
 from mim_framework.cli import main
-from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
+from mim_framework.registry import importing
+from mim_framework.registry.registry import Registry
 
 BAD = """
 from mim_framework import Mask, Masked, Masker, MaskerSpec, hookimpl
@@ -238,7 +238,7 @@ def test_a_plugin_that_hangs_in_import_is_imported_only_by_recipes_that_need_it(
 
 
 def test_a_slow_import_is_told_with_its_plugin_and_how_to_leave_it_out(mim, install_plugin, monkeypatch):
-    monkeypatch.setattr(plugins, "SLOW_IMPORT_SECONDS", 0.1)
+    monkeypatch.setattr(importing, "SLOW_IMPORT_SECONDS", 0.1)
     install_plugin("bad", SLEEPY)
     checked = mim("check", "bad.yaml")
     assert checked.exit_code == 0
@@ -249,7 +249,7 @@ def test_a_slow_import_is_told_with_its_plugin_and_how_to_leave_it_out(mim, inst
 
 
 def test_an_import_within_the_time_is_not_told(mim, install_plugin, monkeypatch):
-    monkeypatch.setattr(plugins, "SLOW_IMPORT_SECONDS", 60.0)
+    monkeypatch.setattr(importing, "SLOW_IMPORT_SECONDS", 60.0)
     install_plugin("bad", SLEEPY)
     assert mim("check", "bad.yaml").stderr == ""
 

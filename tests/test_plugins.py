@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from mim_framework import plugins
 from mim_framework.base.errors import PluginError, RecipeError
 from mim_framework.base.section import Choice
-from mim_framework.plugins import Registry, UnknownName
+from mim_framework.registry import registry as registry_module
+from mim_framework.registry.registry import Registry, UnknownName
 
 SPIRAL = """
 from pydantic import Field
@@ -233,7 +233,7 @@ def test_an_unknown_name_gets_the_nearest_the_installed_and_the_package():
     ],
 )
 def test_a_name_of_a_known_method_says_what_to_install(monkeypatch, name, package):
-    monkeypatch.setattr(plugins, "_installed", list)
+    monkeypatch.setattr(registry_module, "installed_entries", list)
     with pytest.raises(
         UnknownName, match=f"no loss '{name}' is installed.* pip install {package} brings it; "
     ) as error:
@@ -329,7 +329,7 @@ def test_recipes_are_found_beside_the_module(install_plugin, monkeypatch):
         UnknownName, match=r"no recipe 'spirale' is installed, did you mean 'spiral'\? installed: bare, spiral"
     ):
         registry.recipe("spirale")
-    monkeypatch.setitem(plugins.KNOWN_METHODS, "vortex", "mim-plugin-vortex")
+    monkeypatch.setitem(registry_module.known_packages(), "vortex", "mim-plugin-vortex")
     with pytest.raises(
         UnknownName, match="no recipe 'vortex' is installed; pip install mim-plugin-vortex brings it; ins"
     ):

@@ -14,7 +14,7 @@ from pydantic import Field
 import mim_framework
 from mim_framework import Mask, Section
 from mim_framework.contract import mask, records, specs, step
-from mim_framework.static_reader import HOOKS
+from mim_framework.registry.static_reader import HOOKS
 
 
 def test_the_file_of_public_names_is_what_the_code_offers():

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mim_framework.base.errors import MimError, PluginError, RecipeError
 from mim_framework.base.section import Choice
-from mim_framework.plugins import KNOWN_METHODS, Registry
 from mim_framework.recipe import Recipe, dump_recipe, load_recipe, recipe_schema
+from mim_framework.registry.registry import Registry, known_packages
 from mim_framework.yaml_loader import read_yaml
 
 GOOD = """\
@@ -202,7 +202,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_recipe_is_one_line_with_its_place(write, case, monkeypatch):
-    monkeypatch.setitem(KNOWN_METHODS, "nomae", "mim-plugin-nomae")
+    monkeypatch.setitem(known_packages(), "nomae", "mim-plugin-nomae")
     old, new, message = BAD[case]
     [line] = problems(write(replaced(old, new)))
     assert line.startswith(message)
@@ -229,7 +229,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(write):
 
 
 def test_components_of_one_missing_plugin_are_one_problem(write, monkeypatch):
-    monkeypatch.setitem(KNOWN_METHODS, "nomae", "mim-plugin-nomae")
+    monkeypatch.setitem(known_packages(), "nomae", "mim-plugin-nomae")
     text = replaced("type: timm", "type: nomae_vit").replace("decoder: linear", "decoder: nomae_decoder")
     assert problems(write(text)) == [
         "r.yaml:6:3: encoder.type: encoder 'nomae_vit' and decoder 'nomae_decoder' are not installed; "

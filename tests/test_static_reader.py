@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mim_framework.static_reader import HOOKS, Unreadable, locate, read_constant, read_plugin
+from mim_framework.registry.static_reader import HOOKS, Unreadable, locate, read_constant, read_plugin
 
 HEAD = "from mim_framework import Masker, hookimpl\n"
 SPIRAL = "class Spiral(Masker):\n    '''Hide along a spiral.\n\n    More.\n    '''\n    name = 'spiral'\n"
@@ -109,7 +109,7 @@ def test_a_missing_module_is_unreadable():
 
 
 def test_a_compiled_plugin_must_be_imported(monkeypatch):
-    monkeypatch.setattr("mim_framework.static_reader.locate", lambda module: Path("plugin.so"))
+    monkeypatch.setattr("mim_framework.registry.static_reader.locate", lambda module: Path("plugin.so"))
     assert "masker" in read_plugin("compiled").unread
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from mim_framework.base.errors import DataError
 from mim_framework.build import build_source, load_encoder
 from mim_framework.evaluate.knn import KNNSection, knn_top1, online_knn, raw_pixels
-from mim_framework.plugins import Registry
+from mim_framework.registry.registry import Registry
 
 
 def evaluate_run(

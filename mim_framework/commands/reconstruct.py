@@ -15,7 +15,7 @@ from mim_framework.evaluate.pictures import reconstruction_picture
 from mim_framework.evaluate.reconstruct import reconstruct
 
 if TYPE_CHECKING:
-    from mim_framework.plugins import Registry
+    from mim_framework.registry.registry import Registry
 
 
 def reconstruct_run(

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from mim_framework.base.errors import CheckpointError
 from mim_framework.build import build_model, load_into
 from mim_framework.contract.components import CheckpointFormat
-from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
+from mim_framework.registry.registry import Registry
 
 SUFFIX_OF = {"official": ".pth"}
 """Official code reads what `torch.save` writes; every other layout becomes a safetensors file."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mim_framework.plugins import Registry
+from mim_framework.registry.registry import Registry
 
 
 class RegistryWith(Registry):

@@ -16,8 +16,8 @@ from mim_framework.build import Model, build_model
 from mim_framework.checkpoints.checkpoint import save_checkpoint
 from mim_framework.contract.mask import Mask
 from mim_framework.convert import export_run, import_checkpoint
-from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
+from mim_framework.registry.registry import Registry
 
 RECIPE = {
     "name": "run",

@@ -17,8 +17,8 @@ from mim_framework.build import build_model
 from mim_framework.contract.components import CheckpointFormat
 from mim_framework.contract.mask import Grid
 from mim_framework.convert import import_checkpoint, resize_position_table
-from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
+from mim_framework.registry.registry import Registry
 from mim_framework.testing import RegistryWith
 
 REST = {

@@ -19,8 +19,8 @@ from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask
 from mim_framework.convert import import_checkpoint
 from mim_framework.nn.patches import patchify
-from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
+from mim_framework.registry.registry import Registry
 
 OUTPUT_TOLERANCE = 5e-6
 CASES = cases("beit-dvae_*.safetensors")

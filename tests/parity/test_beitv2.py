@@ -31,7 +31,7 @@ from mim_framework.build import build_model, make_step
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Latent, Masked
 from mim_framework.convert import import_checkpoint
-from mim_framework.plugins import Registry
+from mim_framework.registry.registry import Registry
 from mim_framework.runtime.optim import OptimSection
 
 CASES = cases("beitv2_*.safetensors")

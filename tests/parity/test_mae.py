@@ -33,7 +33,7 @@ from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Masked
 from mim_framework.nn.masking import mask_from_noise
 from mim_framework.nn.positions import sincos_position_table
-from mim_framework.plugins import Registry
+from mim_framework.registry.registry import Registry
 from mim_framework.runtime.optim import OptimSection, layer_decay_scale, parameter_groups, transformer_layer_id
 
 CASES = cases("mae_*.safetensors")

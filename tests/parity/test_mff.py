@@ -32,7 +32,7 @@ from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Latent, Masked
 from mim_framework.nn.masking import mask_from_noise
 from mim_framework.nn.positions import sincos_position_table
-from mim_framework.plugins import Registry
+from mim_framework.registry.registry import Registry
 from mim_framework.runtime.optim import OptimSection, parameter_groups
 
 CASES = cases("mff_*.safetensors")

@@ -21,8 +21,8 @@ from mim_framework import Ask, Mask, Sample, Specs, ViewSpec, jitter_color
 from mim_framework.build import build_model
 from mim_framework.convert import import_checkpoint
 from mim_framework.data.views import NUM_CROP_RANDOM
-from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe, load_recipe
+from mim_framework.registry.registry import Registry
 
 RNG = np.random.default_rng(0)
 PHOTO = Image.fromarray(np.kron(RNG.integers(0, 256, (6, 9, 3)), np.ones((20, 20, 1))).astype(np.uint8))

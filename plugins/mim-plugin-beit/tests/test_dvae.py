@@ -32,8 +32,8 @@ from mim_framework.base.errors import CheckpointError, RecipeError
 from mim_framework.build import build_model
 from mim_framework.contract.world import World
 from mim_framework.convert import import_checkpoint
-from mim_framework.plugins import Registry
 from mim_framework.recipe import Recipe
+from mim_framework.registry.registry import Registry
 
 GRID = Grid((2, 2))
 UNIT = ViewSpec("x", (3, 16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)

@@ -42,8 +42,8 @@ from mim_framework.contract.world import World
 from mim_framework.convert import import_checkpoint
 from mim_framework.data.order import BatchLayout
 from mim_framework.evaluate.reconstruct import reconstruct
-from mim_framework.plugins import Registry
 from mim_framework.recipe import load_recipe
+from mim_framework.registry.registry import Registry
 from mim_framework.testing import run_ranks
 
 GRID = Grid((4, 4))

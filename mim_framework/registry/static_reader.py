@@ -8,7 +8,6 @@ imports that plugin instead.
 from __future__ import annotations
 
 import ast
-import importlib.machinery
 import importlib.util
 import warnings
 from collections.abc import Iterator
