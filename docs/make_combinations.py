@@ -19,7 +19,7 @@ import torch
 
 from mim_framework.base.errors import RecipeError
 from mim_framework.build import build_model, build_optimizers, make_step, preflight
-from mim_framework.recipe import Recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 
 PAGE = Path(__file__).with_name("combinations.md")

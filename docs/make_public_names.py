@@ -26,7 +26,7 @@ from mim_framework import testing
 from mim_framework.base.schedule import Curve
 from mim_framework.base.section import Choice
 from mim_framework.contract import hooks
-from mim_framework.recipe import Recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 
 PAGE = Path(__file__).parent / "reference" / "public_names.txt"

@@ -32,10 +32,10 @@ from mim_framework.base.schedule import Curve
 from mim_framework.base.section import Choice
 from mim_framework.contract import hooks
 from mim_framework.contract.components import KINDS, Component
-from mim_framework.recipe import Recipe
+from mim_framework.recipe.recipe import Recipe
+from mim_framework.recipe.yaml import read_yaml
 from mim_framework.registry.installed import RecipeInfo
 from mim_framework.registry.registry import Registry
-from mim_framework.yaml_loader import read_yaml
 
 FOLDER = Path(__file__).parent / "reference"
 ROOT = Path(__file__).parents[1]

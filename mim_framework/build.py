@@ -38,12 +38,13 @@ from mim_framework.contract.world import World
 from mim_framework.data.companions import CachedTokenViews, TokenCache
 from mim_framework.evaluate.knn import check_pool
 from mim_framework.nn.images import Renormalize
-from mim_framework.recipe import Recipe, load_recipe
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.recipe import Recipe
+from mim_framework.recipe.yaml import read_yaml
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import choose_device
 from mim_framework.runtime.optim import Optimizer, assign
 from mim_framework.runtime.teachers import Teachers, TeacherSection
-from mim_framework.yaml_loader import read_yaml
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mim_framework.base.precision import uses_bfloat16
 from mim_framework.build import build_source
 from mim_framework.cost import measure_cost
-from mim_framework.recipe import Recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.run import batch_layout, run_directory, run_length
 from mim_framework.runtime.launch import choose_device

@@ -21,7 +21,7 @@ from mim_framework.base.errors import MimError, PluginError, RecipeError
 from mim_framework.registry.registry import Registry
 
 if TYPE_CHECKING:
-    from mim_framework.recipe import Recipe
+    from mim_framework.recipe.recipe import Recipe
 
 TELLING_SECONDS = 5.0
 """A silent rank waits so long before it leaves: with the first one, the launcher ends the one that tells."""
@@ -40,7 +40,7 @@ class Settings:
     no_plugins: bool
 
     def recipe(self, recipe: str, overrides: tuple[str, ...]) -> Recipe:
-        from mim_framework.recipe import load_recipe
+        from mim_framework.recipe.draft import load_recipe
 
         return load_recipe(recipe, overrides, self.registry)
 
@@ -318,7 +318,7 @@ def copy_recipe(settings: Settings, name: str, dest: Path) -> None:
 @click.pass_obj
 def schema(settings: Settings) -> None:
     """JSON schema of recipes, with the options of every installed component, for editors."""
-    from mim_framework.recipe import recipe_schema
+    from mim_framework.recipe.schema import recipe_schema
 
     click.echo(json.dumps(recipe_schema(settings.registry), indent=2))
     for error in settings.registry.load_all().values():
@@ -382,7 +382,7 @@ def import_file(
     KEY=VALUE gives what no tensor tells, such as encoder.num_heads=12.
     """
     from mim_framework.convert import import_checkpoint
-    from mim_framework.recipe import parse_override
+    from mim_framework.recipe.draft import parse_override
 
     options = dict(parse_override(override) for override in overrides)
     click.echo(import_checkpoint(file, output, settings.registry, layout=layout, options=options))

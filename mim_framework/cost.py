@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mim_framework.base.errors import RecipeError
 from mim_framework.build import Model, build_model, build_optimizers, failures_as_recipe_errors, make_step
-from mim_framework.recipe import Recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 
 

@@ -30,7 +30,9 @@ from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
 from mim_framework.data.loader import Batch
 from mim_framework.data.order import BatchLayout
-from mim_framework.recipe import Recipe, dump_recipe, load_recipe
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.recipe import Recipe
+from mim_framework.recipe.writing import dump_recipe
 from mim_framework.registry.registry import Registry
 
 MAY_CHANGE = (

@@ -19,7 +19,7 @@ from mim_framework.data.companions import TokenFacts, TokenWriter
 from mim_framework.data.decode import BrokenImage
 from mim_framework.data.prefetch import prefetch
 from mim_framework.data.reader import TrainingReader
-from mim_framework.recipe import Recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import choose_device
 from mim_framework.runtime.sharding import compile_blocks

@@ -28,7 +28,7 @@ from mim_framework.contract.world import World
 from mim_framework.data.companions import CachedTokenViews
 from mim_framework.data.loader import Batch, Loader
 from mim_framework.evaluate.knn import online_knn
-from mim_framework.recipe import Recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.report import Progress
 from mim_framework.run import Run, batch_layout, prepare_directory, run_length, sole_run

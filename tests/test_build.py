@@ -20,7 +20,8 @@ from mim_framework.contract.components import Decoder, Encoder, Loss, Objective,
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Latent, Masked, Pred
 from mim_framework.contract.specs import EncoderSpec, MaskerSpec, PredSpec, TargetSpec
-from mim_framework.recipe import dump_recipe, load_recipe
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.writing import dump_recipe
 from mim_framework.testing import RegistryWith
 
 GRID = Grid((4, 4))

@@ -36,7 +36,7 @@ from mim_framework.contract.specs import EncoderSpec, MaskerSpec, TargetSpec, Vi
 from mim_framework.data.views import ImageViews
 from mim_framework.nn.masking import gather_tokens, mask_from_noise
 from mim_framework.nn.patches import patchify, unpatchify
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.run import run_directory
 from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from mim_framework.cli import main
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 
 ROOT = Path(__file__).parents[1]

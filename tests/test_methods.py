@@ -9,7 +9,7 @@ import pytest
 
 from mim_framework.commands.evaluate import evaluate_run
 from mim_framework.evaluate.knn import KNNSection
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.installed import BUILTINS
 from mim_framework.registry.registry import Registry
 from mim_framework.testing import contract

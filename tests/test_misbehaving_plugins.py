@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from mim_framework.build import build_model
 from mim_framework.cli import main
-from mim_framework.recipe import Recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry import importing
 from mim_framework.registry.registry import Registry
 

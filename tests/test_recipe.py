@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 from mim_framework.base.errors import MimError, PluginError, RecipeError
 from mim_framework.base.section import Choice
-from mim_framework.recipe import Recipe, dump_recipe, load_recipe, recipe_schema
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.recipe import Recipe
+from mim_framework.recipe.schema import recipe_schema
+from mim_framework.recipe.writing import dump_recipe
+from mim_framework.recipe.yaml import read_yaml
 from mim_framework.registry.registry import Registry, known_packages
-from mim_framework.yaml_loader import read_yaml
 
 GOOD = """\
 # A tiny recipe.

@@ -22,11 +22,11 @@ from mim_framework.checkpoints import checkpoint
 from mim_framework.contract.hooks import hookimpl
 from mim_framework.contract.world import World
 from mim_framework.data.sources.digits import DigitsSource
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.training import TrainSection
 from mim_framework.run import Run, batch_layout, prepare_directory, run_length, sole_run
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
-from mim_framework.train_config import TrainSection
 from mim_framework.trainer import Trainer, train
 
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from mim_framework.base.errors import MimError
 from mim_framework.cli import main
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.scaffold import TEMPLATE, new_plugin
 from mim_framework.trainer import train

@@ -25,7 +25,7 @@ from mim_framework.data.companions import TokenCache
 from mim_framework.evaluate.knn import KNNSection
 from mim_framework.nn.images import Renormalize
 from mim_framework.nn.patches import patchify
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith
 from mim_framework.tokenize import tokenize

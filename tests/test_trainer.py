@@ -23,7 +23,7 @@ from mim_framework.checkpoints import checkpoint
 from mim_framework.contract.components import Objective
 from mim_framework.contract.hooks import hookimpl
 from mim_framework.contract.records import Ask
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks

@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mim_framework import yaml_loader
 from mim_framework.base.errors import RecipeError
-from mim_framework.yaml_loader import MAX_DEPTH, read_scalar, read_yaml
+from mim_framework.recipe import yaml as yaml_loader
+from mim_framework.recipe.yaml import MAX_DEPTH, read_scalar, read_yaml
 
 
 @pytest.mark.parametrize(

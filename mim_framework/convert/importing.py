@@ -21,7 +21,7 @@ from mim_framework.contract.components import CheckpointFormat
 from mim_framework.contract.mask import Grid
 from mim_framework.convert.reading import ForeignCheckpoint, read_checkpoint
 from mim_framework.layouts.tables import resize_bias_table, resize_position_table
-from mim_framework.recipe import Recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 
 _REST_OF_A_RECIPE: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""Plain modules and functions for methods: no config, no component."""

@@ -1,0 +1,1 @@
+"""Services of a run, each with its section of the recipe: ranks, optimizers, teachers, the forward of a step, metrics."""

@@ -27,7 +27,9 @@ from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Latent, Masked, Views
 from mim_framework.convert import export_run, read_checkpoint
 from mim_framework.data.loader import Batch
-from mim_framework.recipe import Recipe, dump_recipe, load_recipe
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.recipe import Recipe
+from mim_framework.recipe.writing import dump_recipe
 from mim_framework.registry.installed import RecipeInfo
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import process_group

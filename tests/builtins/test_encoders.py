@@ -18,7 +18,7 @@ from mim_framework.build import build_model, make_step
 from mim_framework.builtins.timm import TimmEncoder
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.specs import Specs, ViewSpec
-from mim_framework.recipe import Recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 
 CLIP_MEAN, CLIP_STD = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)

@@ -24,7 +24,8 @@ from mim_framework.contract.records import Ask, Sample
 from mim_framework.contract.step import Step
 from mim_framework.cost import measure_cost
 from mim_framework.evaluate.knn import KNNSection
-from mim_framework.recipe import Recipe, load_recipe
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import ComponentContract, RecipeContract, RegistryWith, run_ranks

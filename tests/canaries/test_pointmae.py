@@ -19,7 +19,7 @@ from mim_framework.build import build_model, exempt_names, load_run, make_step
 from mim_framework.check import report
 from mim_framework.contract.world import World
 from mim_framework.data.loader import evaluation_batches
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.runtime.optim import parameter_groups

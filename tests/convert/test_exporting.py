@@ -16,7 +16,7 @@ from mim_framework.build import Model, build_model
 from mim_framework.checkpoints.checkpoint import save_checkpoint
 from mim_framework.contract.mask import Mask
 from mim_framework.convert import export_run, import_checkpoint
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 
 RECIPE = {

@@ -17,7 +17,7 @@ from mim_framework.build import build_model
 from mim_framework.contract.components import CheckpointFormat
 from mim_framework.contract.mask import Grid
 from mim_framework.convert import import_checkpoint, resize_position_table
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.testing import RegistryWith
 

@@ -19,7 +19,8 @@ from mim_framework.contract.records import Ask, Latent, Masked
 from mim_framework.contract.specs import EncoderSpec, Specs, TargetSpec
 from mim_framework.contract.step import Step
 from mim_framework.nn.patches import patchify
-from mim_framework.recipe import dump_recipe, load_recipe
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.writing import dump_recipe
 from mim_framework.testing import RegistryWith
 
 COLOURS = {"blue": (0, 0, 1), "green": (0, 1, 0), "red": (1, 0, 0)}

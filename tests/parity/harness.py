@@ -30,7 +30,7 @@ from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Masked, Views
 from mim_framework.contract.step import Step
 from mim_framework.convert import import_checkpoint
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.optim import Optimizer, OptimSection, parameter_groups
 

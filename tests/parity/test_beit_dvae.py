@@ -19,7 +19,7 @@ from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask
 from mim_framework.convert import import_checkpoint
 from mim_framework.nn.patches import patchify
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 
 OUTPUT_TOLERANCE = 5e-6

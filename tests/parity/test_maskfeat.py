@@ -33,7 +33,7 @@ from mim_framework.base.schedule import epoch_of, value_at
 from mim_framework.build import exempt_names, make_step
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Latent, Masked
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.optim import OptimSection, layer_decay_scale, parameter_groups, transformer_layer_id
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from mim_framework.build import build_model, exempt_names, make_step
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Latent, Masked
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.optim import layer_decay_scale, parameter_groups
 

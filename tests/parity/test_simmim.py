@@ -31,7 +31,7 @@ from mim_framework.build import build_model, exempt_names, make_step
 from mim_framework.builtins.vit import vit_layer_id
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Masked
-from mim_framework.recipe import Recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.optim import OptimSection, layer_decay_scale, parameter_groups
 

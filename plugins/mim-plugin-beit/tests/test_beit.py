@@ -21,7 +21,8 @@ from mim_framework import Ask, Mask, Sample, Specs, ViewSpec, jitter_color
 from mim_framework.build import build_model
 from mim_framework.convert import import_checkpoint
 from mim_framework.data.views import NUM_CROP_RANDOM
-from mim_framework.recipe import Recipe, load_recipe
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 
 RNG = np.random.default_rng(0)

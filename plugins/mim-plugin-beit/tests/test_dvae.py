@@ -32,7 +32,7 @@ from mim_framework.base.errors import CheckpointError, RecipeError
 from mim_framework.build import build_model
 from mim_framework.contract.world import World
 from mim_framework.convert import import_checkpoint
-from mim_framework.recipe import Recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 
 GRID = Grid((2, 2))

@@ -22,7 +22,8 @@ from mim_framework.builtins.losses import CrossEntropyLoss
 from mim_framework.check import report
 from mim_framework.checkpoints import checkpoint
 from mim_framework.contract.records import Ask
-from mim_framework.recipe import Recipe, load_recipe
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.trainer import train

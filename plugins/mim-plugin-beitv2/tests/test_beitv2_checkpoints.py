@@ -22,7 +22,8 @@ from mim_framework import Ask, CheckpointError, Grid, Mask
 from mim_framework.build import Model, build_model, trained_encoder
 from mim_framework.checkpoints.checkpoint import save_checkpoint
 from mim_framework.convert import export_run, import_checkpoint
-from mim_framework.recipe import Recipe, dump_recipe
+from mim_framework.recipe.recipe import Recipe
+from mim_framework.recipe.writing import dump_recipe
 from mim_framework.registry.registry import Registry
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.*:UserWarning")

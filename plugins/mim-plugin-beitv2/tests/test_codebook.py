@@ -18,7 +18,7 @@ from torch.nn.functional import normalize, one_hot
 from mim_framework.build import make_step
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
-from mim_framework.recipe import Recipe
+from mim_framework.recipe.recipe import Recipe
 
 RIGHT, UP, LEFT = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
 

@@ -19,7 +19,8 @@ from mim_framework.base.errors import RecipeError
 from mim_framework.build import build_model, build_optimizers, load_run, make_step, preflight
 from mim_framework.check import report
 from mim_framework.checkpoints import checkpoint
-from mim_framework.recipe import Recipe, load_recipe
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.trainer import train

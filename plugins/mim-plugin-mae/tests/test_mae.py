@@ -16,7 +16,7 @@ from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from mim_framework import Ask, EncoderSpec, Grid, Latent, Mask, MaskerSpec, Specs, TargetSpec, ViewSpec, gather_tokens
 from mim_framework.builtins.losses import CrossEntropyLoss
 from mim_framework.nn.masking import mask_from_noise
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 
 GRID = Grid((4, 4))

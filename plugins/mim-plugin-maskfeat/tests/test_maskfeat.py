@@ -25,7 +25,7 @@ from mim_framework import Ask, EncoderSpec, Grid, Mask, Masked, MaskerSpec, Pred
 from mim_framework.build import build_model, exempt_names, make_step
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.evaluate.reconstruct import reconstruct
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 
 GRID = Grid((2, 2))

@@ -24,7 +24,7 @@ from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.checkpoints.checkpoint import find_latest
 from mim_framework.convert import export_run, import_checkpoint
 from mim_framework.nn.masking import mask_from_noise
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.runtime.optim import parameter_groups

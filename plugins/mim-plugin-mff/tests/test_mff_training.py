@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mim_framework import hookimpl
 from mim_framework.checkpoints import checkpoint
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.trainer import train

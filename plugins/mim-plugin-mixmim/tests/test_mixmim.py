@@ -42,7 +42,7 @@ from mim_framework.contract.world import World
 from mim_framework.convert import import_checkpoint
 from mim_framework.data.order import BatchLayout
 from mim_framework.evaluate.reconstruct import reconstruct
-from mim_framework.recipe import load_recipe
+from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.testing import run_ranks
 

@@ -21,7 +21,8 @@ from mim_framework import Ask, Encoder, Grid, Mask, Specs, ViewSpec
 from mim_framework.build import build_model, exempt_names, make_step
 from mim_framework.builtins.vit import vit_layer_id
 from mim_framework.evaluate.reconstruct import reconstruct
-from mim_framework.recipe import Recipe, load_recipe
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.optim import parameter_groups
 

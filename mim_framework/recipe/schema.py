@@ -1,0 +1,49 @@
+"""The JSON schema of recipes, with every installed component."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from mim_framework.contract.hooks import HOOK_OF_KIND
+from mim_framework.recipe.recipe import Recipe
+from mim_framework.registry.registry import Registry
+
+
+def recipe_schema(registry: Registry) -> dict[str, Any]:
+    """JSON schema of a recipe; every slot lists the installed components and their options. Imports all plugins."""
+    schema = Recipe.model_json_schema()
+    definitions = schema["$defs"]
+    slots: dict[str, Any] = {}
+    for kind in HOOK_OF_KIND:
+        if kind == "checkpoint_format":
+            continue
+        branches: list[dict[str, Any]] = []
+        for name, cls in sorted(registry.classes(kind).items()):
+            label = f"{kind}.{name.replace(':', '.')}"
+            component = cls.Config.model_json_schema(ref_template=f"#/$defs/{label}.{{model}}")
+            definitions |= {f"{label}.{inner}": value for inner, value in component.pop("$defs", {}).items()}
+            help_text = (cls.__doc__ or "").partition("\n")[0]
+            component |= {"title": name, "description": help_text, "required": ["type", *component.get("required", [])]}
+            component["properties"] = {"type": {"const": name}, **component.get("properties", {})}
+            definitions[label] = component
+            if component["required"] == ["type"]:
+                branches.append({"const": name, "description": help_text})
+            branches.append({"$ref": f"#/$defs/{label}"})
+        slots[kind] = {"anyOf": branches}
+    _fill_slots(schema, slots)
+    definitions.pop("Choice", None)
+    return schema
+
+
+def _fill_slots(schema: Any, slots: dict[str, Any]) -> None:
+    """Replace the reference to `Choice` in every property that is named after a kind of component."""
+    for node in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _fill_slots(node, slots)
+    properties = schema.get("properties", {}) if isinstance(schema, dict) else {}
+    for name, slot in slots.items():
+        field = properties.get(name)
+        if field is not None and "#/$defs/Choice" in json.dumps(field):
+            nullable = [{"type": "null"}] if {"type": "null"} in field.get("anyOf", ()) else []
+            described = {each: field[each] for each in ("description", "default") if each in field}
+            properties[name] = {**described, "anyOf": [*slot["anyOf"], *nullable]}
