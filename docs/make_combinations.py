@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from mim_framework.assembly.builder import build_model, build_optimizers
+from mim_framework.assembly.preflight import make_step, preflight
 from mim_framework.base.errors import RecipeError
-from mim_framework.build import build_model, build_optimizers, make_step, preflight
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 

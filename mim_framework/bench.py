@@ -11,13 +11,14 @@ from typing import Literal
 
 import torch
 
+from mim_framework.assembly.builder import build_model, build_optimizers, build_source
+from mim_framework.assembly.cost import matmul_peak, measure_cost, synchronize
+from mim_framework.assembly.length import batch_layout
+from mim_framework.assembly.preflight import make_step, preflight
 from mim_framework.base.precision import uses_bfloat16
-from mim_framework.build import build_model, build_optimizers, build_source, make_step, preflight
-from mim_framework.cost import matmul_peak, measure_cost, synchronize
 from mim_framework.data.loader import Batch, Loader
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
-from mim_framework.run import batch_layout
 from mim_framework.runtime.launch import choose_device
 from mim_framework.runtime.metrics import peak_memory
 from mim_framework.runtime.sharding import compile_blocks

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from mim_framework.assembly.builder import build_source
+from mim_framework.assembly.cost import measure_cost
+from mim_framework.assembly.length import batch_layout, run_length
 from mim_framework.base.precision import uses_bfloat16
-from mim_framework.build import build_source
-from mim_framework.cost import measure_cost
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
-from mim_framework.run import batch_layout, run_directory, run_length
+from mim_framework.run import run_directory
 from mim_framework.runtime.launch import choose_device
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mim_framework.assembly.builder import Model, build_model, build_source, decides_pixels
+from mim_framework.assembly.preflight import make_step
 from mim_framework.base.errors import DataError, RecipeError
 from mim_framework.base.precision import uses_bfloat16
-from mim_framework.build import Model, build_model, build_source, decides_pixels, make_step
 from mim_framework.contract.components import Source, Target
 from mim_framework.contract.records import Masked
 from mim_framework.data.companions import TokenFacts, TokenWriter

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mim_framework.assembly.builder import build_model, build_optimizers, build_source
+from mim_framework.assembly.length import batch_layout, run_length
+from mim_framework.assembly.preflight import preflight
 from mim_framework.base import rng
 from mim_framework.base.errors import CheckpointError, DataError, TrainingError
-from mim_framework.build import build_model, build_optimizers, build_source, preflight
 from mim_framework.checkpoints import checkpoint, state
 from mim_framework.contract.components import Component
 from mim_framework.contract.world import World
@@ -31,7 +33,7 @@ from mim_framework.evaluate.knn import online_knn
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.report import Progress
-from mim_framework.run import Run, batch_layout, prepare_directory, run_length, sole_run
+from mim_framework.run import Run, prepare_directory, sole_run
 from mim_framework.runtime.launch import STOP_SIGNALS, process_group
 from mim_framework.runtime.metrics import MetricsWriter, Throughput, as_picture
 from mim_framework.runtime.sharding import compile_blocks, gradient_sync, shard, whole_weights, wrap

@@ -9,10 +9,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from mim_framework.assembly.cost import matmul_peak, measure_cost
 from mim_framework.bench import run_bench
 from mim_framework.check import report
 from mim_framework.cli import main
-from mim_framework.cost import matmul_peak, measure_cost
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime import metrics

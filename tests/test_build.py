@@ -11,9 +11,12 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from mim_framework.assembly.builder import build_model, build_optimizers, build_source
+from mim_framework.assembly.opened import load_run
+from mim_framework.assembly.preflight import make_step, preflight
+from mim_framework.assembly.weights import load_into
 from mim_framework.base.errors import CheckpointError, RecipeError
 from mim_framework.base.section import Section
-from mim_framework.build import build_model, build_optimizers, build_source, load_into, load_run, make_step, preflight
 from mim_framework.builtins.maskers import RandomMasker
 from mim_framework.checkpoints.checkpoint import save_checkpoint
 from mim_framework.contract.components import Decoder, Encoder, Loss, Objective, Target

@@ -19,10 +19,11 @@ from mim_plugin_mae import MAEDecoder, MAEEncoder
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, layer_norm, log_softmax, softmax
 
+from mim_framework.assembly.builder import build_model
+from mim_framework.assembly.preflight import make_step
 from mim_framework.base import rng
 from mim_framework.base.errors import RecipeError
 from mim_framework.base.section import Section
-from mim_framework.build import build_model, make_step
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.losses import CrossEntropyLoss, MSELoss
 from mim_framework.builtins.maskers import RandomMasker

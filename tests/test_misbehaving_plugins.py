@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from mim_framework.build import build_model
+from mim_framework.assembly.builder import build_model
 from mim_framework.cli import main
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry import importing

@@ -16,6 +16,7 @@ import tiny
 import torch
 import yaml
 
+from mim_framework.assembly.length import batch_layout, run_length
 from mim_framework.base.errors import CheckpointError, DataError, MimError, RecipeError
 from mim_framework.base.precision import uses_bfloat16
 from mim_framework.checkpoints import checkpoint
@@ -24,7 +25,7 @@ from mim_framework.contract.world import World
 from mim_framework.data.sources.digits import DigitsSource
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.training import TrainSection
-from mim_framework.run import Run, batch_layout, prepare_directory, run_length, sole_run
+from mim_framework.run import Run, prepare_directory, sole_run
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.trainer import Trainer, train

@@ -14,8 +14,9 @@ import yaml
 from tiny import RECIPE
 from torch import nn
 
+from mim_framework.assembly.builder import build_model
+from mim_framework.assembly.preflight import make_step, preflight
 from mim_framework.base.errors import DataError, MimError, RecipeError
-from mim_framework.build import build_model, make_step, preflight
 from mim_framework.commands.evaluate import evaluate_run
 from mim_framework.contract.components import Encoder
 from mim_framework.contract.mask import Grid

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mim_framework.assembly.builder import build_source
+from mim_framework.assembly.opened import load_encoder
 from mim_framework.base.errors import DataError
-from mim_framework.build import build_source, load_encoder
 from mim_framework.evaluate.knn import KNNSection, knn_top1, online_knn, raw_pixels
 from mim_framework.registry.registry import Registry
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mim_framework.assembly.opened import load_run
+from mim_framework.assembly.preflight import make_step
 from mim_framework.base.errors import DataError, MimError
-from mim_framework.build import load_run, make_step
 from mim_framework.contract.records import Sample
 from mim_framework.evaluate.pictures import reconstruction_picture
 from mim_framework.evaluate.reconstruct import reconstruct

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from mim_framework.assembly.builder import build_model
+from mim_framework.assembly.weights import load_into
 from mim_framework.base.errors import CheckpointError
-from mim_framework.build import build_model, load_into
 from mim_framework.contract.components import CheckpointFormat
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry

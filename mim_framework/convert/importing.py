@@ -14,8 +14,9 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mim_framework.assembly.builder import build_model
+from mim_framework.assembly.trained import IMPORTED_SLOTS
 from mim_framework.base.errors import CheckpointError
-from mim_framework.build import IMPORTED_SLOTS, build_model
 from mim_framework.checkpoints.checkpoint import IMPORTED_WEIGHTS
 from mim_framework.contract.components import CheckpointFormat
 from mim_framework.contract.mask import Grid

@@ -1,1 +1,1 @@
-"""Services of a run, each with its section of the recipe: ranks, optimizers, teachers, the forward of a step, metrics."""
+"""What runs share, each with its section of the recipe: ranks, optimizers, teachers, the forward of a step, metrics."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from mim_framework.build import make_step
+from mim_framework.assembly.preflight import make_step
 from mim_framework.contract.components import Objective, Source
 from mim_framework.data.loader import evaluation_batches
 from mim_framework.evaluate.pictures import reconstruction_picture

@@ -13,8 +13,9 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.functional import linear
 
+from mim_framework.assembly.builder import build_model
+from mim_framework.assembly.preflight import make_step
 from mim_framework.base.errors import CheckpointError, RecipeError
-from mim_framework.build import build_model, make_step
 from mim_framework.builtins.timm import TimmEncoder
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.specs import Specs, ViewSpec

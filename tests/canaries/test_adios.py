@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from mim_framework import MimError
+from mim_framework.assembly.builder import build_model
+from mim_framework.assembly.opened import load_run
+from mim_framework.assembly.preflight import make_step
 from mim_framework.base import rng
 from mim_framework.base.errors import RecipeError
-from mim_framework.build import build_model, load_run, make_step
 from mim_framework.commands.evaluate import evaluate_run
 from mim_framework.contract.records import Sample
 from mim_framework.contract.step import Step

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, log_softmax, softmax
 
+from mim_framework.assembly.builder import Model, build_model
+from mim_framework.assembly.cost import measure_cost
+from mim_framework.assembly.preflight import make_step
 from mim_framework.base.errors import RecipeError
 from mim_framework.base.schedule import epoch_of, value_at
-from mim_framework.build import Model, build_model, make_step
 from mim_framework.commands.evaluate import evaluate_run
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Sample
 from mim_framework.contract.step import Step
-from mim_framework.cost import measure_cost
 from mim_framework.evaluate.knn import KNNSection
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mim_framework import DataError, Grid, Mask, Pred, RecipeError, Sample
-from mim_framework.build import build_model, exempt_names, load_run, make_step
+from mim_framework.assembly.builder import build_model, exempt_names
+from mim_framework.assembly.opened import load_run
+from mim_framework.assembly.preflight import make_step
 from mim_framework.check import report
 from mim_framework.contract.world import World
 from mim_framework.data.loader import evaluation_batches

@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
+from mim_framework.assembly.builder import Model, build_model
 from mim_framework.base.errors import CheckpointError
-from mim_framework.build import Model, build_model
 from mim_framework.checkpoints.checkpoint import save_checkpoint
 from mim_framework.contract.mask import Mask
 from mim_framework.convert import export_run, import_checkpoint

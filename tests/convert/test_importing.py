@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mim_framework.assembly.builder import build_model
 from mim_framework.base.errors import CheckpointError
-from mim_framework.build import build_model
 from mim_framework.contract.components import CheckpointFormat
 from mim_framework.contract.mask import Grid
 from mim_framework.convert import import_checkpoint, resize_position_table

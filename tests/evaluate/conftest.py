@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mim_framework.assembly.builder import build_model
 from mim_framework.base.section import Section
-from mim_framework.build import build_model
 from mim_framework.checkpoints.checkpoint import save_checkpoint
 from mim_framework.contract.components import Encoder, Target
 from mim_framework.contract.mask import Grid, Mask

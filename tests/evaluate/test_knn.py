@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mim_framework.assembly.opened import load_run
 from mim_framework.base import rng
 from mim_framework.base.errors import CheckpointError, DataError
-from mim_framework.build import load_run
 from mim_framework.checkpoints.checkpoint import find_latest, save_checkpoint
 from mim_framework.commands.evaluate import evaluate_run
 from mim_framework.contract.records import Sample

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from mim_framework.assembly.opened import load_run
+from mim_framework.assembly.preflight import make_step
 from mim_framework.base.errors import DataError, MimError
-from mim_framework.build import load_run, make_step
 from mim_framework.commands.reconstruct import reconstruct_run
 from mim_framework.evaluate.pictures import CAPTION_HEIGHT, GAP
 from mim_framework.evaluate.reconstruct import reconstruct

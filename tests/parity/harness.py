@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from mim_framework.assembly.builder import Model, build_model, exempt_names
 from mim_framework.base.schedule import Curve, epoch_of, value_at
-from mim_framework.build import Model, build_model, exempt_names
 from mim_framework.contract.components import CheckpointFormat
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Masked, Views

@@ -27,7 +27,7 @@ from parity.harness import (
 )
 from torch import nn
 
-from mim_framework.build import make_step
+from mim_framework.assembly.preflight import make_step
 from mim_framework.builtins.vit import vit_layer_id
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Masked

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mim_framework.build import build_model
+from mim_framework.assembly.builder import build_model
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask
 from mim_framework.convert import import_checkpoint

@@ -27,7 +27,8 @@ from parity.harness import (
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mim_framework.build import build_model, make_step
+from mim_framework.assembly.builder import build_model
+from mim_framework.assembly.preflight import make_step
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Latent, Masked
 from mim_framework.convert import import_checkpoint

@@ -27,8 +27,9 @@ from parity.harness import (
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from mim_framework.assembly.builder import build_model, exempt_names
+from mim_framework.assembly.preflight import make_step
 from mim_framework.base.schedule import Curve, value_at
-from mim_framework.build import build_model, exempt_names, make_step
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Masked
 from mim_framework.nn.masking import mask_from_noise

@@ -29,8 +29,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize
 
+from mim_framework.assembly.builder import exempt_names
+from mim_framework.assembly.preflight import make_step
 from mim_framework.base.schedule import epoch_of, value_at
-from mim_framework.build import exempt_names, make_step
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Latent, Masked
 from mim_framework.recipe.draft import load_recipe

@@ -28,7 +28,8 @@ from parity.harness import (
 )
 from torch import Tensor, nn
 
-from mim_framework.build import build_model, exempt_names, make_step
+from mim_framework.assembly.builder import build_model, exempt_names
+from mim_framework.assembly.preflight import make_step
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Latent, Masked
 from mim_framework.recipe.draft import load_recipe

@@ -26,8 +26,9 @@ from parity.harness import (
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pixel_shuffle
 
+from mim_framework.assembly.builder import build_model, exempt_names
+from mim_framework.assembly.preflight import make_step
 from mim_framework.base.schedule import epoch_of, value_at
-from mim_framework.build import build_model, exempt_names, make_step
 from mim_framework.builtins.vit import vit_layer_id
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Masked

@@ -27,7 +27,7 @@ from parity.harness import (
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
-from mim_framework.build import make_step
+from mim_framework.assembly.preflight import make_step
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Masked
 from mim_framework.contract.step import Step

@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from mim_framework import Ask, Mask, Sample, Specs, ViewSpec, jitter_color
-from mim_framework.build import build_model
+from mim_framework.assembly.builder import build_model
 from mim_framework.convert import import_checkpoint
 from mim_framework.data.views import NUM_CROP_RANDOM
 from mim_framework.recipe.draft import load_recipe

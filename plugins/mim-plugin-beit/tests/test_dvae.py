@@ -28,8 +28,8 @@ from mim_plugin_beit.dvae_checkpoints import DalleCheckpoint, MMPretrainDalleChe
 from torch import Tensor
 
 from mim_framework import Grid, Latent, Mask, Masked, Pred, Specs, Step, ViewSpec
+from mim_framework.assembly.builder import build_model
 from mim_framework.base.errors import CheckpointError, RecipeError
-from mim_framework.build import build_model
 from mim_framework.contract.world import World
 from mim_framework.convert import import_checkpoint
 from mim_framework.recipe.recipe import Recipe

@@ -15,8 +15,10 @@ from tiny import RECIPE
 from torch import Tensor, nn
 
 from mim_framework import Mask, hookimpl
+from mim_framework.assembly.builder import Model, build_model
+from mim_framework.assembly.opened import load_run
+from mim_framework.assembly.preflight import make_step, preflight
 from mim_framework.base.errors import RecipeError
-from mim_framework.build import Model, build_model, load_run, make_step, preflight
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.losses import CrossEntropyLoss
 from mim_framework.check import report

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mim_framework import Ask, CheckpointError, Grid, Mask
-from mim_framework.build import Model, build_model, trained_encoder
+from mim_framework.assembly.builder import Model, build_model
+from mim_framework.assembly.trained import trained_encoder
 from mim_framework.checkpoints.checkpoint import save_checkpoint
 from mim_framework.convert import export_run, import_checkpoint
 from mim_framework.recipe.recipe import Recipe

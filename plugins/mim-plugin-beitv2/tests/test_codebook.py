@@ -15,7 +15,7 @@ from mim_plugin_beitv2.codebook import (
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from mim_framework.build import make_step
+from mim_framework.assembly.preflight import make_step
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
 from mim_framework.recipe.recipe import Recipe

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from mim_framework import Ask, Grid, Mask, Specs, ViewSpec, hookimpl
+from mim_framework.assembly.builder import build_model, build_optimizers
+from mim_framework.assembly.opened import load_run
+from mim_framework.assembly.preflight import make_step, preflight
 from mim_framework.base.errors import RecipeError
-from mim_framework.build import build_model, build_optimizers, load_run, make_step, preflight
 from mim_framework.check import report
 from mim_framework.checkpoints import checkpoint
 from mim_framework.recipe.draft import load_recipe

@@ -22,7 +22,8 @@ from timm.models.mvitv2 import MultiScaleVitCfg
 from torch import Tensor, nn
 
 from mim_framework import Ask, EncoderSpec, Grid, Mask, Masked, MaskerSpec, Pred, Specs, Step, ViewSpec
-from mim_framework.build import build_model, exempt_names, make_step
+from mim_framework.assembly.builder import build_model, exempt_names
+from mim_framework.assembly.preflight import make_step
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.evaluate.reconstruct import reconstruct
 from mim_framework.recipe.draft import load_recipe

@@ -18,8 +18,9 @@ from tiny import RECIPE
 from torch import Tensor, nn
 
 from mim_framework import Ask, Encoder, EncoderSpec, Grid, Latent, Mask, RecipeError
+from mim_framework.assembly.builder import build_model, exempt_names
+from mim_framework.assembly.preflight import make_step, preflight
 from mim_framework.base.errors import CheckpointError
-from mim_framework.build import build_model, exempt_names, make_step, preflight
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.checkpoints.checkpoint import find_latest
 from mim_framework.convert import export_run, import_checkpoint

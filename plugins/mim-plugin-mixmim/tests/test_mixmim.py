@@ -36,8 +36,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mim_framework import Ask, EncoderSpec, Grid, Latent, Mask, Masked, MaskerSpec, Specs, Step, TargetSpec, ViewSpec
+from mim_framework.assembly.builder import build_model
+from mim_framework.assembly.preflight import make_step
 from mim_framework.base.errors import CheckpointError, RecipeError
-from mim_framework.build import build_model, make_step
 from mim_framework.contract.world import World
 from mim_framework.convert import import_checkpoint
 from mim_framework.data.order import BatchLayout

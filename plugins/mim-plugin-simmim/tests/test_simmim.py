@@ -18,7 +18,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from mim_framework import Ask, Encoder, Grid, Mask, Specs, ViewSpec
-from mim_framework.build import build_model, exempt_names, make_step
+from mim_framework.assembly.builder import build_model, exempt_names
+from mim_framework.assembly.preflight import make_step
 from mim_framework.builtins.vit import vit_layer_id
 from mim_framework.evaluate.reconstruct import reconstruct
 from mim_framework.recipe.draft import load_recipe

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d, linear, pixel_shuffle
 
 from mim_framework import Grid, Mask, unpatchify
+from mim_framework.assembly.builder import Model, build_model
 from mim_framework.base.errors import CheckpointError
-from mim_framework.build import Model, build_model
 from mim_framework.checkpoints.checkpoint import save_checkpoint
 from mim_framework.convert import export_run, import_checkpoint
 from mim_framework.recipe.recipe import Recipe

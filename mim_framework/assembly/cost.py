@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mim_framework.assembly.builder import Model, build_model, build_optimizers
+from mim_framework.assembly.preflight import failures_as_recipe_errors, make_step
 from mim_framework.base.errors import RecipeError
-from mim_framework.build import Model, build_model, build_optimizers, failures_as_recipe_errors, make_step
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 

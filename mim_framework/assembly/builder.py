@@ -1,4 +1,4 @@
-"""From a validated recipe to a model: builds the components in order, checks that they fit, loads weights, preflights.
+"""From a checked recipe to a model: builds the components in order and checks that they fit.
 
 Each builder publishes a spec and later ones read it, so that no dimension stands twice in a recipe. Everything that
 does not fit is an error that names both sides, before any data is read.
@@ -6,7 +6,6 @@ does not fit is an error that names both sides, before any data is read.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from mim_framework.assembly.fits import refusal
+from mim_framework.assembly.trained import trained_encoder
+from mim_framework.assembly.weights import load_into, some
 from mim_framework.base.errors import CheckpointError, MimError, RecipeError, did_you_mean
 from mim_framework.base.section import Choice
-from mim_framework.checkpoints.checkpoint import Checkpoint, find_latest, load, load_weights
 from mim_framework.contract.components import (
     Component,
     Decoder,
@@ -32,24 +33,14 @@ from mim_framework.contract.components import (
     Target,
     ViewBuilder,
 )
-from mim_framework.contract.specs import EncoderSpec, MaskerSpec, Specs
-from mim_framework.contract.step import Step
-from mim_framework.contract.world import World
+from mim_framework.contract.specs import Specs
 from mim_framework.data.companions import CachedTokenViews, TokenCache
 from mim_framework.evaluate.knn import check_pool
 from mim_framework.nn.images import Renormalize
-from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
-from mim_framework.recipe.yaml import read_yaml
 from mim_framework.registry.registry import Registry
-from mim_framework.runtime.launch import choose_device
 from mim_framework.runtime.optim import Optimizer, assign
 from mim_framework.runtime.teachers import Teachers, TeacherSection
-
-logger = logging.getLogger(__name__)
-
-IMPORTED_SLOTS = "slots.yaml"
-"""Name of the slots in a folder of `mim import`."""
 
 
 @dataclass
@@ -68,24 +59,6 @@ class Model:
         return self
 
 
-@dataclass
-class LoadedRun(Model):
-    """A finished or stopped run: its model on `device`, and its data."""
-
-    source: Source
-    device: torch.device
-
-
-@dataclass
-class LoadedEncoder:
-    """The encoder of a finished or stopped run on `device`, and what it looks at; nothing else of the run is built."""
-
-    recipe: Recipe
-    views: ViewBuilder
-    encoder: Encoder
-    device: torch.device
-
-
 def build_model(recipe: Recipe, registry: Registry, *, with_weights: bool = True) -> Model:
     """Build everything but the data. Weights depend on the recipe's seed only.
 
@@ -98,7 +71,7 @@ def build_model(recipe: Recipe, registry: Registry, *, with_weights: bool = True
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return _Builder(recipe, registry).build(with_weights)
+        return Builder(recipe, registry).build(with_weights)
 
 
 def build_source(recipe: Recipe, registry: Registry) -> Source:
@@ -137,7 +110,7 @@ def exempt_names(objective: nn.Module) -> set[str]:
     }
 
 
-class _Builder:
+class Builder:
     def __init__(self, recipe: Recipe, registry: Registry) -> None:
         self.recipe, self.registry = recipe, registry
         self.specs = Specs()
@@ -235,7 +208,7 @@ class _Builder:
         if with_weights and path is not None:
             missing = load_into(teacher, path, prefix="encoder.")
             if missing:
-                raise CheckpointError(f"{path} lacks {_some(missing)} of the encoder of teacher '{name}'")
+                raise CheckpointError(f"{path} lacks {some(missing)} of the encoder of teacher '{name}'")
         teachers.add_frozen(name, teacher, Renormalize(given, mean, std))
         self.publish(
             teachers={**self.specs.teachers, name: teacher.spec},
@@ -281,7 +254,7 @@ class _Builder:
     def check_masker(self, masker: Masker, encoder: Encoder) -> None:
         sides = f"masker '{masker.name}' and encoder '{encoder.name}' do not fit"
         mask = masker.spec
-        if reason := _refusal(mask, encoder.spec):
+        if reason := refusal(mask, encoder.spec):
             raise self.misfit("masker", f"{sides}: {reason}")
         grids = f"mask grid {mask.grid}, token grid {encoder.spec.grid}"
         ratios = list(zip(mask.grid.shape, encoder.spec.grid.shape, strict=False))
@@ -336,60 +309,6 @@ class _Builder:
             raise self.misfit(where, f"{name}: {text}" if name else text) from error
 
 
-def _refusal(mask: MaskerSpec, encoder: EncoderSpec) -> str:
-    """Why an encoder cannot work under the masks of a masker, or nothing."""
-    accepts = encoder.accepts
-    if not mask.num_hidden:
-        return ""
-    if mask.mixes:
-        return "" if "mixed" in accepts else "the masker mixes images, which the encoder cannot tell apart"
-    if not accepts & {"equal", "varies"}:
-        if "mixed" in accepts:
-            return "the encoder takes mixed images only, the masker leaves gaps"
-        return "the encoder takes no masks; use masker 'none' or another encoder"
-    if not mask.equal and "varies" not in accepts:
-        return "rows that hide different numbers, the encoder needs equal ones"
-    if mask.equal and "equal" not in accepts:
-        return "the encoder needs rows that hide different numbers"
-    return ""
-
-
-@dataclass(frozen=True)
-class TrainedEncoder:
-    """An encoder as a run or an import describes it, with the normalisation of the images that it saw."""
-
-    encoder: Choice
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-
-def trained_encoder(path: Path, registry: Registry) -> TrainedEncoder:
-    """What stands in a run directory, in one of its checkpoints, or in a folder or file of `mim import`.
-
-    Raises:
-        CheckpointError: if it is none of these; the message says which command makes one.
-    """
-    folder = path.parent if path.is_file() else path
-    recipes = [each / "recipe.yaml" for each in (folder, folder.parent.parent)]
-    run = next((each for each in recipes if each.is_file()), None)
-    if (folder / IMPORTED_SLOTS).is_file():
-        slots = read_yaml((folder / IMPORTED_SLOTS).read_bytes(), str(folder / IMPORTED_SLOTS)).data
-        encoder, views = (Choice.model_validate(slots[slot]) for slot in ("encoder", "views"))
-    elif run is not None and path.exists():
-        recipe = load_recipe(run, [], registry)
-        encoder, views = recipe.encoder, recipe.views
-    else:
-        known = [info.name for info in registry.recipes()]
-        cure = f"`mim run {path.name}` makes it" if path.name in known else "train one with `mim run`"
-        if path.is_file():
-            cure = f"`mim import {path}` makes a folder that can be named here"
-        what = "is neither a run nor a folder of `mim import`" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {what}; {cure}")
-    cls, config = registry.resolve("views", views)
-    spec = cls(config).specs.get("x")
-    return TrainedEncoder(encoder, None if spec is None else spec.mean, None if spec is None else spec.std)
-
-
 def decides_pixels(recipe: Recipe) -> dict[str, Any]:
     """The parts of a recipe that decide which pixels a fixed view of a sample holds."""
     source = recipe.data.source.model_dump(mode="json")
@@ -399,182 +318,3 @@ def decides_pixels(recipe: Recipe) -> dict[str, Any]:
         "data.views_per_image": recipe.data.views_per_image,
         "views": {key: value for key, value in views.items() if key != "decoder"},
     }
-
-
-def load_into(module: nn.Module, path: Path, prefix: str = "") -> list[str]:
-    """Load weights by name from a file into a module; returns the names the file lacks.
-
-    Args:
-        path: a run directory, a checkpoint folder or a safetensors file with the names of an objective.
-        prefix: take only names with this prefix, and strip it.
-
-    Raises:
-        CheckpointError: if no name fits, a shape differs, or the file holds names that the module lacks.
-    """
-    weights = load_weights(path)
-    return load_tensors(module, _part(weights, prefix, path) if prefix else weights, path)
-
-
-def load_tensors(module: nn.Module, weights: dict[str, Tensor], path: Path) -> list[str]:
-    """Load weights by name into a module; returns the names that are lacking. `path` is for messages."""
-    own = module.state_dict()
-    if unknown := sorted(weights.keys() - own.keys()):
-        raise CheckpointError(f"{path}: names that the recipe's model lacks: {_some(unknown)}")
-    wrong = [
-        f"{name} {tuple(tensor.shape)}, needed {tuple(own[name].shape)}"
-        for name, tensor in weights.items()
-        if tensor.shape != own[name].shape
-    ]
-    if wrong:
-        raise CheckpointError(f"{path}: shapes that do not fit the recipe: {_some(wrong)}")
-    module.load_state_dict(weights, strict=False)
-    return sorted(own.keys() - weights.keys())
-
-
-def load_run(run_dir: Path, *, checkpoint: Path | None = None, registry: Registry | None = None) -> LoadedRun:
-    """The model of a run directory with the weights of a checkpoint, on the recipe's device if this machine has it.
-
-    Args:
-        checkpoint: by default the newest whole one of the run.
-
-    Raises:
-        RecipeError: if the directory holds no run.
-        CheckpointError: if there is no whole checkpoint, or it does not fit.
-    """
-    registry = registry or Registry()
-    recipe, device = _recipe_of_run(run_dir, registry)
-    # A frozen teacher's weights are where the recipe says; those of the model are in the checkpoint.
-    model = build_model(recipe.model_copy(update={"init": None}), registry)
-    found = _checkpoint_of_run(run_dir, checkpoint)
-    load_tensors(model.objective, found.tensors("model"), found.path)
-    load_tensors(model.teachers.moving(), found.tensors("teachers"), found.path)
-    source = build_source(recipe, registry)
-    model.to(device)
-    return LoadedRun(recipe, model.views, model.objective, model.teachers, model.specs, source, device)
-
-
-def load_encoder(
-    run_dir: Path, *, checkpoint: Path | None = None, trained: bool = True, registry: Registry | None = None
-) -> LoadedEncoder:
-    """Only the encoder of a run directory, for which neither teachers nor stored tokens are needed.
-
-    Args:
-        checkpoint: by default the newest whole one of the run.
-        trained: False gives the weights from which the run started.
-
-    Raises:
-        RecipeError: if the directory holds no run.
-        CheckpointError: if there is no whole checkpoint, its model has no part named `encoder`, or it does not fit.
-    """
-    registry = registry or Registry()
-    recipe, device = _recipe_of_run(run_dir, registry)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        builder = _Builder(recipe, registry)
-        views, encoder = builder.build_views(), builder.build_encoder()
-    if trained:
-        found = _checkpoint_of_run(run_dir, checkpoint)
-        weights = _part(found.tensors("model"), "encoder.", found.path)
-        if lacking := load_tensors(encoder, weights, found.path):
-            raise CheckpointError(f"{found.path} lacks {_some(lacking)} of encoder '{encoder.name}'")
-    else:
-        builder.load_published("encoder", encoder)
-        if recipe.init is not None:
-            load_into(encoder, Path(recipe.init), prefix="encoder.")
-    return LoadedEncoder(recipe, views, encoder.to(device), device)
-
-
-def _recipe_of_run(run_dir: Path, registry: Registry) -> tuple[Recipe, torch.device]:
-    file = run_dir / "recipe.yaml"
-    if not file.is_file():
-        raise RecipeError(f"{run_dir} is no run directory: it has no recipe.yaml")
-    recipe = load_recipe(file, [], registry)
-    try:
-        device = choose_device(recipe.train.device)
-    except MimError:  # trained elsewhere
-        device = choose_device("auto")
-        logger.warning(f"{run_dir} was trained on {recipe.train.device}, which is not here; using {device.type}")
-    return recipe, device
-
-
-def _checkpoint_of_run(run_dir: Path, named: Path | None) -> Checkpoint:
-    found = load(named) if named else find_latest(run_dir / "checkpoints")
-    if found is None:
-        raise CheckpointError(f"{run_dir} holds no checkpoint yet")
-    return found
-
-
-def _part(weights: dict[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
-    part = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    if not part:
-        raise CheckpointError(f"{path}: no name starting with '{prefix}'")
-    return part
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def make_step(recipe: Recipe, positions: torch.Tensor, **changes: Any) -> Step:
-    """A step outside of training, for preflights, evaluation and tests."""
-    values: dict[str, Any] = {
-        "index": 0, "total": 1, "epoch": 0.0, "epochs": 1.0,
-        "positions": positions, "seed": recipe.seed, "world": World(),
-    }  # fmt: skip
-    return Step(**{**values, **changes})
-
-
-@contextmanager
-def failures_as_recipe_errors(recipe: Recipe) -> Iterator[None]:
-    """Whatever a component raises on a made-up batch, as a RecipeError with that error for its cause."""
-    try:
-        yield
-    except MimError:
-        raise
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise RecipeError(f"{recipe.location('')}: the model fails on a made-up batch: {what}") from error
-
-
-def preflight(model: Model, device: torch.device) -> dict[str, float]:
-    """One made-up batch of two images through forward and backward; returns its losses.
-
-    It leaves no gradient behind, and the buffers as they were: running statistics are not for made-up images.
-
-    Raises:
-        RecipeError: if a component fails, a mask breaks its promise, or a trainable parameter gets no gradient.
-    """
-    objective, recipe = model.objective, model.recipe
-    positions = torch.arange(2, device=device)
-    batch = {name: tensor.to(device) for name, tensor in model.views.example(2).items()}
-    got_gradient: set[str] = set()
-    losses: dict[str, torch.Tensor] = {}
-    buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(recipe.seed)
-        for phase in recipe.phase_names():
-            step = make_step(recipe, positions, phase=phase, teachers=model.teachers.session())
-            with failures_as_recipe_errors(recipe):
-                views = model.views.prepare(step, batch)
-                for component in objective.components():
-                    component.begin_step(step)
-                masker = getattr(objective, "masker", None)
-                if isinstance(masker, Masker):  # an objective of its own may call anything so
-                    for mask in masker(step, views).masks.values():
-                        mask.validate()
-                losses = objective(step, views)
-                sum(losses.values(), start=torch.zeros((), device=device)).backward()
-            got_gradient |= {name for name, p in objective.named_parameters() if p.grad is not None}
-            objective.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for name, buffer in objective.named_buffers():
-            buffer.copy_(buffers[name])
-    idle = [name for name, p in objective.named_parameters() if p.requires_grad and name not in got_gradient]
-    if idle:
-        raise RecipeError(
-            f"{recipe.location('')}: trainable parameters that no loss reaches: {_some(idle)}. They would stop "
-            "distributed training; create them only if the recipe uses them, or set requires_grad=False"
-        )
-    return {name: loss.item() for name, loss in losses.items()}

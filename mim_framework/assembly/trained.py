@@ -1,0 +1,51 @@
+"""The encoder of a run or an import, as its recipe or slots describe it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mim_framework.base.errors import CheckpointError
+from mim_framework.base.section import Choice
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.yaml import read_yaml
+from mim_framework.registry.registry import Registry
+
+IMPORTED_SLOTS = "slots.yaml"
+"""Name of the slots in a folder of `mim import`."""
+
+
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """An encoder as a run or an import describes it, with the normalisation of the images that it saw."""
+
+    encoder: Choice
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def trained_encoder(path: Path, registry: Registry) -> TrainedEncoder:
+    """What stands in a run directory, in one of its checkpoints, or in a folder or file of `mim import`.
+
+    Raises:
+        CheckpointError: if it is none of these; the message says which command makes one.
+    """
+    folder = path.parent if path.is_file() else path
+    recipes = [each / "recipe.yaml" for each in (folder, folder.parent.parent)]
+    run = next((each for each in recipes if each.is_file()), None)
+    if (folder / IMPORTED_SLOTS).is_file():
+        slots = read_yaml((folder / IMPORTED_SLOTS).read_bytes(), str(folder / IMPORTED_SLOTS)).data
+        encoder, views = (Choice.model_validate(slots[slot]) for slot in ("encoder", "views"))
+    elif run is not None and path.exists():
+        recipe = load_recipe(run, [], registry)
+        encoder, views = recipe.encoder, recipe.views
+    else:
+        known = [info.name for info in registry.recipes()]
+        cure = f"`mim run {path.name}` makes it" if path.name in known else "train one with `mim run`"
+        if path.is_file():
+            cure = f"`mim import {path}` makes a folder that can be named here"
+        what = "is neither a run nor a folder of `mim import`" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}; {cure}")
+    cls, config = registry.resolve("views", views)
+    spec = cls(config).specs.get("x")
+    return TrainedEncoder(encoder, None if spec is None else spec.mean, None if spec is None else spec.std)
