@@ -36,7 +36,7 @@ HEADER = f"""\
 # Public names, each with its signature, field or default. Written by `{COMMAND}`; a test compares
 # them with the code. A line that changes needs a line in CHANGELOG.md that names it.
 """
-GIVEN = {"contract.world": ["World"], "runtime.teachers": ["TeacherSession"], "run": ["Run"]}
+GIVEN = {"contract.world": ["World"], "runtime.teachers": ["TeacherSession"], "train.run": ["Run"]}
 """Module -> classes that a plugin does not import to use: what steps and run events hand it."""
 BOUNDS = {
     "gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "multiple of",

@@ -146,7 +146,7 @@ def run(
                 rdzv_id=rdzv_id,
             )
             return
-    from mim_framework.trainer import train
+    from mim_framework.train.trainer import train
 
     directory = train(checked, settings.registry, fresh=fresh)
     if os.environ.get("RANK", "0") == "0":

@@ -38,13 +38,13 @@ from mim_framework.data.views import ImageViews
 from mim_framework.nn.masking import gather_tokens, mask_from_noise
 from mim_framework.nn.patches import patchify, unpatchify
 from mim_framework.recipe.draft import load_recipe
-from mim_framework.run import run_directory
 from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.runtime.sharding import local
 from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.testing.contract import same, state_of
-from mim_framework.trainer import Trainer, train
+from mim_framework.train.directory import run_directory
+from mim_framework.train.trainer import Trainer, train
 
 GRID = Grid((4, 4))
 """16 pixels in patches of 4."""

@@ -13,7 +13,7 @@ from mim_framework.checkpoints import checkpoint
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import read_metrics
-from mim_framework.trainer import train
+from mim_framework.train.trainer import train
 
 pytestmark = pytest.mark.gpu
 TINY = ["train.epochs=null", "train.total_batch_size=16", "evaluate.knn=null", "log.tensorboard=false"]

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mim_framework.contract.mask import Grid
 from mim_framework.evaluate.pictures import CAPTION_HEIGHT, GAP, mask_image, reconstruction_picture
-from mim_framework.report import Progress, summary
+from mim_framework.train.progress import Progress, summary
 
 SPEED = {"images_per_s": 812.4, "step_s": 0.5, "wait_share": 0.034}
 THROUGHPUT = SimpleNamespace(recent=lambda: SPEED, eta=lambda remaining: timedelta(seconds=remaining))

@@ -25,10 +25,11 @@ from mim_framework.contract.world import World
 from mim_framework.data.sources.digits import DigitsSource
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.training import TrainSection
-from mim_framework.run import Run, prepare_directory, sole_run
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
-from mim_framework.trainer import Trainer, train
+from mim_framework.train.directory import prepare_directory, sole_run
+from mim_framework.train.run import Run
+from mim_framework.train.trainer import Trainer, train
 
 
 def recipe(**train):

@@ -20,7 +20,7 @@ from mim_framework.cli import main
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.scaffold import TEMPLATE, new_plugin
-from mim_framework.trainer import train
+from mim_framework.train.trainer import train
 
 MODULE = TEMPLATE / "src/mim_plugin_my_method/__init__.py"
 RECIPE = TEMPLATE / "src/mim_plugin_my_method/recipes/my_method_quickstart.yaml"

@@ -30,7 +30,7 @@ from mim_framework.recipe.draft import load_recipe
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith
 from mim_framework.tokenize import tokenize
-from mim_framework.trainer import train
+from mim_framework.train.trainer import train
 
 
 class ToyTokenizer(Encoder):

@@ -27,7 +27,7 @@ from mim_framework.recipe.draft import load_recipe
 from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
-from mim_framework.trainer import Trainer, train
+from mim_framework.train.trainer import Trainer, train
 
 RECIPE = tiny.RECIPE | {
     "views": {**tiny.RECIPE["views"], "scale": [0.6, 1.0]},

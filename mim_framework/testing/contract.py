@@ -36,7 +36,7 @@ from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.runtime.optim import assign
 from mim_framework.testing.ranks import run_ranks
-from mim_framework.trainer import Trainer, train
+from mim_framework.train.trainer import Trainer, train
 
 SHORT = (
     "train.epochs=null", "train.steps=3", "train.total_batch_size=8", "train.batch_size=null", "train.device=cpu",

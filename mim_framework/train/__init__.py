@@ -1,0 +1,1 @@
+"""The training loop. Start at `trainer.Trainer.train_step`."""

@@ -14,7 +14,7 @@ from mim_framework.evaluate.pictures import reconstruction_picture
 from mim_framework.evaluate.reconstruct import reconstruct
 
 if TYPE_CHECKING:
-    from mim_framework.run import Run
+    from mim_framework.train.run import Run
 
 
 def draw_fixed(objective: Objective, run: Run, source: Source) -> Image.Image | None:

@@ -27,7 +27,7 @@ from mim_framework.runtime.metrics import read_metrics
 from mim_framework.runtime.optim import parameter_groups
 from mim_framework.testing import ComponentContract, RecipeContract, RegistryWith, run_ranks
 from mim_framework.testing.contract import SHORT, CrashAtStep, losses_of, weights_of
-from mim_framework.trainer import train
+from mim_framework.train.trainer import train
 
 SMALL = [
     "data.source={type: mesh_shapes, num_shapes: 100, num_points: 200}",

@@ -30,7 +30,7 @@ from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.runtime.optim import parameter_groups
 from mim_framework.testing import RegistryWith
-from mim_framework.trainer import train
+from mim_framework.train.trainer import train
 
 GRID = Grid((4, 4))
 ON_MAE = {"encoder": {"type": "mae_vit", "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2}}

@@ -1,4 +1,4 @@
-"""A run: its directory, its batch arithmetic, and the numbers that every part of the trainer needs."""
+"""The directory of a run: made or checked, locked, and what is written down about it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,16 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mim_framework.assembly.builder import Model
 from mim_framework.base.errors import MimError, RecipeError
 from mim_framework.base.files import replace_file
-from mim_framework.base.precision import uses_bfloat16
-from mim_framework.base.schedule import epoch_of
 from mim_framework.checkpoints.checkpoint import list_checkpoints
-from mim_framework.contract.components import Source
-from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
-from mim_framework.data.loader import Batch
-from mim_framework.data.order import BatchLayout
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.recipe.writing import dump_recipe
@@ -40,54 +31,6 @@ MAY_CHANGE = (
     "train.max_nonfinite_steps", "log", "checkpoint", "evaluate",
 )  # fmt: skip
 """Keys that a resumed run may change: none of them changes what is learned, beyond rounding."""
-
-
-@dataclass
-class Run:
-    """What the trainer works on and the run hooks are given."""
-
-    dir: Path
-    recipe: Recipe
-    world: World
-    device: torch.device
-    model: Model
-    source: Source
-    layout: BatchLayout
-    steps_per_epoch: int
-    total_steps: int
-
-    @cached_property
-    def bfloat16(self) -> bool:
-        """Whether forward passes run under bfloat16 autocast."""
-        return uses_bfloat16(self.recipe.train.precision, self.device)
-
-    @property
-    def epochs(self) -> float:
-        """Length of the run in epochs."""
-        return self.recipe.train.epochs or self.total_steps / self.steps_per_epoch
-
-    def epoch(self, index: int) -> float:
-        """Fractional epoch at the start of an optimizer step."""
-        return epoch_of(index, self.steps_per_epoch)
-
-    def due(self, done: int, every_epochs: float | None) -> bool:
-        """True after the last step of every so many epochs, `done` steps into the run."""
-        return bool(every_epochs) and done % max(1, round(every_epochs * self.steps_per_epoch)) == 0
-
-    def step(self, index: int, batch: Batch, phase: str) -> Step:
-        """A step as the components see it."""
-        return Step(
-            index=index,
-            total=self.total_steps,
-            epoch=self.epoch(index),
-            epochs=self.epochs,
-            steps_per_epoch=self.steps_per_epoch,
-            positions=batch.positions,
-            seed=self.recipe.seed,
-            world=self.world,
-            phase=phase,
-            teachers=self.model.teachers.session(bfloat16=self.bfloat16),
-        )
 
 
 def prepare_directory(recipe: Recipe, registry: Registry, world: World, *, fresh: bool) -> Path:

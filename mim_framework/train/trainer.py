@@ -32,12 +32,13 @@ from mim_framework.data.loader import Batch, Loader
 from mim_framework.evaluate.knn import online_knn
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
-from mim_framework.report import Progress
-from mim_framework.run import Run, prepare_directory, sole_run
 from mim_framework.runtime.launch import STOP_SIGNALS, process_group
 from mim_framework.runtime.metrics import MetricsWriter, Throughput, as_picture
 from mim_framework.runtime.sharding import compile_blocks, gradient_sync, shard, whole_weights, wrap
+from mim_framework.train.directory import prepare_directory, sole_run
 from mim_framework.train.pictures import draw_fixed
+from mim_framework.train.progress import Progress
+from mim_framework.train.run import Run
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 if TYPE_CHECKING:
-    from mim_framework.run import Run
     from mim_framework.runtime.metrics import Throughput
+    from mim_framework.train.run import Run
 
 
 class Progress:

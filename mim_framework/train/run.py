@@ -1,0 +1,67 @@
+"""A run, as the trainer and those who listen to it see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from mim_framework.assembly.builder import Model
+from mim_framework.base.precision import uses_bfloat16
+from mim_framework.base.schedule import epoch_of
+from mim_framework.contract.components import Source
+from mim_framework.contract.step import Step
+from mim_framework.contract.world import World
+from mim_framework.data.loader import Batch
+from mim_framework.data.order import BatchLayout
+from mim_framework.recipe.recipe import Recipe
+
+
+@dataclass
+class Run:
+    """What the trainer works on and the run hooks are given."""
+
+    dir: Path
+    recipe: Recipe
+    world: World
+    device: torch.device
+    model: Model
+    source: Source
+    layout: BatchLayout
+    steps_per_epoch: int
+    total_steps: int
+
+    @cached_property
+    def bfloat16(self) -> bool:
+        """Whether forward passes run under bfloat16 autocast."""
+        return uses_bfloat16(self.recipe.train.precision, self.device)
+
+    @property
+    def epochs(self) -> float:
+        """Length of the run in epochs."""
+        return self.recipe.train.epochs or self.total_steps / self.steps_per_epoch
+
+    def epoch(self, index: int) -> float:
+        """Fractional epoch at the start of an optimizer step."""
+        return epoch_of(index, self.steps_per_epoch)
+
+    def due(self, done: int, every_epochs: float | None) -> bool:
+        """True after the last step of every so many epochs, `done` steps into the run."""
+        return bool(every_epochs) and done % max(1, round(every_epochs * self.steps_per_epoch)) == 0
+
+    def step(self, index: int, batch: Batch, phase: str) -> Step:
+        """A step as the components see it."""
+        return Step(
+            index=index,
+            total=self.total_steps,
+            epoch=self.epoch(index),
+            epochs=self.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            positions=batch.positions,
+            seed=self.recipe.seed,
+            world=self.world,
+            phase=phase,
+            teachers=self.model.teachers.session(bfloat16=self.bfloat16),
+        )
