@@ -27,9 +27,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import mim_framework
-from mim_framework import cli, testing
+from mim_framework import testing
 from mim_framework.base.schedule import Curve
 from mim_framework.base.section import Choice
+from mim_framework.commands import cli
 from mim_framework.contract import hooks
 from mim_framework.contract.components import KINDS, Component
 from mim_framework.recipe.recipe import Recipe

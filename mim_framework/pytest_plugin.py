@@ -7,4 +7,4 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("mim_framework.testing.contract")
+pytest.register_assert_rewrite("mim_framework.testing.contract", "mim_framework.testing.runs")

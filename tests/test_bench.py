@@ -10,9 +10,9 @@ import torch
 from click.testing import CliRunner
 
 from mim_framework.assembly.cost import matmul_peak, measure_cost
-from mim_framework.bench import run_bench
-from mim_framework.check import report
-from mim_framework.cli import main
+from mim_framework.commands.bench import run_bench
+from mim_framework.commands.check import report
+from mim_framework.commands.cli import main
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime import metrics
@@ -59,8 +59,8 @@ def mim_losses():
 PATCHES = """
 from torch import nn
 from mim_framework import Encoder, EncoderSpec, Latent
-from mim_framework.functional import patchify
-from mim_framework.records import Ask, Grid
+from mim_framework import patchify
+from mim_framework import Ask, Grid
 
 class Patches(Encoder):
     name = "patches"
@@ -129,7 +129,7 @@ def test_bench_prints_rate_split_flops_share_and_memory(data):
 
 
 def test_bench_takes_the_memory_from_where_the_log_does(monkeypatch):
-    monkeypatch.setattr("mim_framework.bench.peak_memory", lambda device: None)
+    monkeypatch.setattr("mim_framework.commands.bench.peak_memory", lambda device: None)
     text = run_bench(load_recipe("quickstart", ["train.total_batch_size=8"]), Registry(), steps=1, warmup=0)
     assert text.endswith("peak memory not known here")
     assert metrics.peak_memory(torch.device("cpu")) > 2**20

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from mim_framework import __version__
 from mim_framework.base.errors import DataError, RecipeError
-from mim_framework.cli import main
+from mim_framework.commands.cli import main
 from mim_framework.registry.registry import Registry
 
 GOOD = """\
@@ -91,7 +91,7 @@ def test_run_under_a_launcher_starts_no_ranks(mim, calls, monkeypatch):
     calls("mim_framework.train.trainer", "train", Path("runs/tiny"))
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("mim_framework.cli.TELLING_SECONDS", 0.0)
+    monkeypatch.setattr("mim_framework.commands.cli.TELLING_SECONDS", 0.0)
     result = mim("run", "r.yaml", "--nproc-per-node", "2")
     assert len(calls.made) == 1
     assert result.output == ""
@@ -109,8 +109,8 @@ def test_a_wrong_number_of_processes_is_a_usage_error(mim, count):
 
 
 def test_check_and_bench_print_a_report(mim, calls):
-    calls("mim_framework.check", "report", "a page")
-    calls("mim_framework.bench", "run_bench", "a table")
+    calls("mim_framework.commands.check", "report", "a page")
+    calls("mim_framework.commands.bench", "run_bench", "a table")
     assert mim("check", "r.yaml", "seed=2", "--world-size", "4").output == "a page\n"
     assert mim("bench", "r.yaml", "--data", "loader-only", "--steps", "3").output == "a table\n"
     (_, check, check_options), (_, _, bench_options) = calls.made
@@ -230,9 +230,9 @@ def test_schema_is_json_and_names_what_it_leaves_out(mim, install_plugin, monkey
 
 
 def test_doctor_ends_with_status_1_if_something_is_wrong(mim, calls):
-    from mim_framework.doctor import Finding
+    from mim_framework.commands.doctor import Finding
 
-    calls("mim_framework.doctor", "examine", [Finding("a", "fine"), Finding("b", "broken", False)])
+    calls("mim_framework.commands.doctor", "examine", [Finding("a", "fine"), Finding("b", "broken", False)])
     result = mim("doctor")
     assert (result.exit_code, result.output) == (1, "  a: fine\n! b: broken\n")
 

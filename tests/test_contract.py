@@ -27,8 +27,8 @@ from mim_framework.base.section import Section
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.losses import CrossEntropyLoss, MSELoss
 from mim_framework.builtins.maskers import RandomMasker
-from mim_framework.check import report
 from mim_framework.checkpoints import checkpoint
+from mim_framework.commands.check import report
 from mim_framework.contract.components import Decoder, Encoder, Loss, Masker, Objective, Source, Target, ViewBuilder
 from mim_framework.contract.hooks import hookimpl
 from mim_framework.contract.mask import Grid, Mask
@@ -42,7 +42,7 @@ from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.runtime.sharding import local
 from mim_framework.testing import RegistryWith, run_ranks
-from mim_framework.testing.contract import same, state_of
+from mim_framework.testing.runs import same, state_of
 from mim_framework.train.directory import run_directory
 from mim_framework.train.trainer import Trainer, train
 

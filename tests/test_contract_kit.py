@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mim_framework.base.errors import RecipeError
-from mim_framework.testing import PluginContract, contract
+from mim_framework.testing import PluginContract
+from mim_framework.testing import runs as contract
 
 SOURCE = '''
 """A masker and an encoder with a fault, if the recipe names one."""

@@ -15,8 +15,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher import api as launcher
 
-from mim_framework import cli
 from mim_framework.base.errors import CheckpointError, MimError, RecipeError
+from mim_framework.commands import cli
 from mim_framework.contract.world import World
 from mim_framework.runtime.launch import choose_device, launch, process_group
 from mim_framework.runtime.sharding import gather_full, like, shard, wrap

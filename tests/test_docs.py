@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from mim_framework.cli import main
+from mim_framework.commands.cli import main
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 

@@ -6,8 +6,9 @@ from importlib import metadata
 
 import pytest
 
-from mim_framework import __version__, doctor
-from mim_framework.doctor import Finding, examine
+from mim_framework import __version__
+from mim_framework.commands import doctor
+from mim_framework.commands.doctor import Finding, examine
 from mim_framework.registry.registry import Registry
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mim_framework.base import rng
-from mim_framework.bench import run_bench
 from mim_framework.checkpoints import checkpoint
+from mim_framework.commands.bench import run_bench
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import read_metrics

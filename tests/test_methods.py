@@ -12,7 +12,7 @@ from mim_framework.evaluate.knn import KNNSection
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.installed import BUILTINS
 from mim_framework.registry.registry import Registry
-from mim_framework.testing import contract
+from mim_framework.testing import runs as contract
 
 PLUGINS = sorted(info.name for info in Registry().plugins() if info.name != BUILTINS)
 RECIPES = sorted(info.name for info in Registry().recipes() if info.name.endswith("quickstart"))

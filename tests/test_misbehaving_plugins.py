@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from mim_framework.assembly.builder import build_model
-from mim_framework.cli import main
+from mim_framework.commands.cli import main
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry import importing
 from mim_framework.registry.registry import Registry

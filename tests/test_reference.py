@@ -31,7 +31,7 @@ from pydantic import Field
 import mim_framework
 from mim_framework import Loss, Schedule, Section
 from mim_framework.base.section import Choice
-from mim_framework.cli import main
+from mim_framework.commands.cli import main
 from mim_framework.contract import hooks
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry

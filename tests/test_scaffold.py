@@ -16,10 +16,10 @@ from clean_install import ROOT, call
 from click.testing import CliRunner
 
 from mim_framework.base.errors import MimError
-from mim_framework.cli import main
+from mim_framework.commands.cli import main
+from mim_framework.commands.scaffold import TEMPLATE, new_plugin
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
-from mim_framework.scaffold import TEMPLATE, new_plugin
 from mim_framework.train.trainer import train
 
 MODULE = TEMPLATE / "src/mim_plugin_my_method/__init__.py"

@@ -28,7 +28,7 @@ def mim_losses():
 # Runs the command, then prints which heavy modules it brought in.
 WRAPPER = f"""
 import sys
-from mim_framework.cli import main
+from mim_framework.commands.cli import main
 main(sys.argv[1:], standalone_mode=False)
 print("HEAVY", sorted(set({HEAVY}) & set(sys.modules)), file=sys.stderr)
 """

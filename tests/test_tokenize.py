@@ -18,6 +18,7 @@ from mim_framework.assembly.builder import build_model
 from mim_framework.assembly.preflight import make_step, preflight
 from mim_framework.base.errors import DataError, MimError, RecipeError
 from mim_framework.commands.evaluate import evaluate_run
+from mim_framework.commands.tokenize import tokenize
 from mim_framework.contract.components import Encoder
 from mim_framework.contract.mask import Grid
 from mim_framework.contract.records import Ask, Latent
@@ -29,7 +30,6 @@ from mim_framework.nn.patches import patchify
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith
-from mim_framework.tokenize import tokenize
 from mim_framework.train.trainer import train
 
 
@@ -231,7 +231,7 @@ def test_with_stored_ids_no_tokenizer_is_needed(tmp_path: Path, tokens: Path):
 
 
 def test_an_interrupted_call_goes_on(tmp_path: Path, stage_one: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch):
-    import mim_framework.tokenize as module
+    import mim_framework.commands.tokenize as module
 
     calls = 0
     compute = module._ids

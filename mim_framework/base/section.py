@@ -23,7 +23,7 @@ class Choice(Section):
     """A component chosen by name with its options inline: `{type: random, mask_ratio: 0.75}`, or just `random`.
 
     `type` may be `package:name` where two installed packages offer the same name. The options are validated against the
-    component's own `Config` by `mim_framework.plugins.Registry.resolve`.
+    component's own `Config` by the registry.
     """
 
     type: str = Field(min_length=1)

@@ -28,7 +28,7 @@ from mim_framework.recipe.recipe import Recipe
 from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import PluginContract, RegistryWith, run_ranks
-from mim_framework.testing.contract import SHORT, weights_of
+from mim_framework.testing.runs import SHORT, weights_of
 from mim_framework.train.trainer import Trainer, train
 
 QUICKSTART = "adios_quickstart"

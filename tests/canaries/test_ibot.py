@@ -30,7 +30,7 @@ from mim_framework.recipe.recipe import Recipe
 from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import ComponentContract, RecipeContract, RegistryWith, run_ranks
-from mim_framework.testing.contract import SHORT, state_of, weights_of
+from mim_framework.testing.runs import SHORT, state_of, weights_of
 from mim_framework.train.trainer import Trainer, train
 
 QUICKSTART = "ibot_attmask_quickstart"

@@ -18,7 +18,7 @@ from mim_framework import DataError, Grid, Mask, Pred, RecipeError, Sample
 from mim_framework.assembly.builder import build_model, exempt_names
 from mim_framework.assembly.opened import load_run
 from mim_framework.assembly.preflight import make_step
-from mim_framework.check import report
+from mim_framework.commands.check import report
 from mim_framework.contract.world import World
 from mim_framework.data.loader import evaluation_batches
 from mim_framework.recipe.draft import load_recipe
@@ -26,7 +26,7 @@ from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.runtime.optim import parameter_groups
 from mim_framework.testing import ComponentContract, RecipeContract, RegistryWith, run_ranks
-from mim_framework.testing.contract import SHORT, CrashAtStep, losses_of, weights_of
+from mim_framework.testing.runs import SHORT, CrashAtStep, losses_of, weights_of
 from mim_framework.train.trainer import train
 
 SMALL = [

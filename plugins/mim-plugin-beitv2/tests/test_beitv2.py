@@ -21,8 +21,8 @@ from mim_framework.assembly.preflight import make_step, preflight
 from mim_framework.base.errors import RecipeError
 from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.losses import CrossEntropyLoss
-from mim_framework.check import report
 from mim_framework.checkpoints import checkpoint
+from mim_framework.commands.check import report
 from mim_framework.contract.records import Ask
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe

@@ -19,8 +19,8 @@ from mim_framework.assembly.builder import build_model, build_optimizers
 from mim_framework.assembly.opened import load_run
 from mim_framework.assembly.preflight import make_step, preflight
 from mim_framework.base.errors import RecipeError
-from mim_framework.check import report
 from mim_framework.checkpoints import checkpoint
+from mim_framework.commands.check import report
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.runtime.metrics import read_metrics

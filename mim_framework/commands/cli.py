@@ -168,7 +168,7 @@ def _devices(wanted: str) -> int:
 def check(settings: Settings, recipe: str, overrides: tuple[str, ...], world_size: int) -> None:
     """Check a recipe without training: parameters, FLOPs, tokens, memory, batch arithmetic."""
     checked = settings.recipe(recipe, overrides)
-    from mim_framework.check import report
+    from mim_framework.commands.check import report
 
     click.echo(report(checked, settings.registry, world_size=world_size))
 
@@ -188,7 +188,7 @@ def check(settings: Settings, recipe: str, overrides: tuple[str, ...], world_siz
 def bench(settings: Settings, recipe: str, overrides: tuple[str, ...], data: str, steps: int) -> None:
     """Measure the speed of a recipe's training step, and where the time goes."""
     checked = settings.recipe(recipe, overrides)
-    from mim_framework.bench import run_bench
+    from mim_framework.commands.bench import run_bench
 
     click.echo(run_bench(checked, settings.registry, data=data, steps=steps))
 
@@ -201,7 +201,7 @@ def bench(settings: Settings, recipe: str, overrides: tuple[str, ...], data: str
 def tokenize(settings: Settings, recipe: str, overrides: tuple[str, ...], output: Path) -> None:
     """Store the token ids of all fixed views (data.views_per_image), so that no tokenizer runs in training."""
     checked = settings.recipe(recipe, overrides)
-    from mim_framework.tokenize import tokenize as run_tokenize
+    from mim_framework.commands.tokenize import tokenize as run_tokenize
 
     facts = run_tokenize(checked, settings.registry, output, report=click.echo)
     click.echo(f"{facts.num_images:,} images x {facts.views_per_image} views: use data.tokens={output}")
@@ -272,7 +272,7 @@ def show_plugin(settings: Settings, name: str, load: bool) -> None:
 @click.pass_obj
 def new_plugin(settings: Settings, name: str, output: Path) -> None:
     """Write a plugin of your own, mim-plugin-NAME: a small method that trains, with its tests, to be changed."""
-    from mim_framework import scaffold
+    from mim_framework.commands import scaffold
 
     folder = scaffold.new_plugin(name, output, settings.registry)
     click.echo(f"{folder} is a plugin that works; change it. Next:")
@@ -329,7 +329,7 @@ def schema(settings: Settings) -> None:
 @click.pass_context
 def doctor(ctx: click.Context) -> None:
     """Versions, devices, plugins and decoders; ends with status 1 if something is wrong."""
-    from mim_framework.doctor import examine
+    from mim_framework.commands.doctor import examine
 
     findings = examine(ctx.obj.registry)
     for finding in findings:
