@@ -1,6 +1,6 @@
 """Every masker, encoder, target, decoder and loss of the installed plugins against one another.
 
-    python docs/make_combinations.py        # writes docs/combinations.md
+    python tools/make_combinations.py        # writes docs/combinations.md
 
 Each combination is built small and takes one training step, or is refused when the recipe is checked.
 """
@@ -23,7 +23,7 @@ from mim_framework.base.errors import RecipeError
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 
-PAGE = Path(__file__).with_name("combinations.md")
+PAGE = Path(__file__).parents[1] / "docs" / "combinations.md"
 IMG_SIZE = 32
 KINDS = ("masker", "encoder", "target", "decoder", "loss")
 
@@ -145,7 +145,7 @@ def page(outcomes: list[Outcome]) -> str:
     lines = [
         "# What combines with what",
         "",
-        "Made by `python docs/make_combinations.py` from the installed plugins. Every combination of a masker, an",
+        "Made by `python tools/make_combinations.py` from the installed plugins. Every combination of a masker, an",
         "encoder, a target, a decoder and a loss is built small and takes a training step with finite loss and a",
         "gradient on every parameter, or is refused when the recipe is checked, with an error that names both sides.",
         "",

@@ -1,6 +1,6 @@
 """The public names of the framework with their signatures and fields, kept in docs/reference/public_names.txt.
 
-    python docs/make_public_names.py        # writes it; refuses while CHANGELOG.md does not name what has changed
+    python tools/make_public_names.py        # writes it; refuses while CHANGELOG.md does not name what has changed
 
 Plugins rely on these names, so none of them changes unseen: a test compares the file with the code. Start at `surface`.
 """
@@ -29,9 +29,10 @@ from mim_framework.contract import hooks
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 
-PAGE = Path(__file__).parent / "reference" / "public_names.txt"
-CHANGELOG = Path(__file__).parents[1] / "CHANGELOG.md"
-COMMAND = "python docs/make_public_names.py"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "reference" / "public_names.txt"
+CHANGELOG = ROOT / "CHANGELOG.md"
+COMMAND = "python tools/make_public_names.py"
 HEADER = f"""\
 # Public names, each with its signature, field or default. Written by `{COMMAND}`; a test compares
 # them with the code. A line that changes needs a line in CHANGELOG.md that names it.

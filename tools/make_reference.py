@@ -1,6 +1,6 @@
 """The reference: pages in docs/reference from docstrings and from the options of recipes, components and commands.
 
-    python docs/make_reference.py        # writes them
+    python tools/make_reference.py        # writes them
 
 What is shown comes from the plugins of this repository, whatever else is installed. Start at `pages`.
 """
@@ -38,9 +38,9 @@ from mim_framework.recipe.yaml import read_yaml
 from mim_framework.registry.installed import RecipeInfo
 from mim_framework.registry.registry import Registry
 
-FOLDER = Path(__file__).parent / "reference"
 ROOT = Path(__file__).parents[1]
-COMMAND = "python docs/make_reference.py"
+FOLDER = ROOT / "docs" / "reference"
+COMMAND = "python tools/make_reference.py"
 MADE = f"<!-- Made by `{COMMAND}` from the code; change it there. -->"
 
 INDEX = """\

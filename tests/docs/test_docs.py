@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import click
 import pytest
+from clean_install import ROOT
 
 from mim_framework.commands.cli import main
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     path for pattern in ("*.md", "*/README.md", "plugins/*/README.md", "docs/*.md") for path in ROOT.glob(pattern)
 ]

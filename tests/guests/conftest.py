@@ -15,12 +15,16 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def install_guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
-    """Builds and installs `tests/canaries/NAME` for the tests of a module; returns the folder it is installed in."""
+    """Builds and installs `tests/guests/NAME` for the tests of a module; returns the folder it is installed in.
+
+    Of other plugins only MAE's is used, since one of ours may offer the same method under the same names.
+    """
     site = tmp_path_factory.mktemp("site")
     patch = pytest.MonkeyPatch()
     patch.syspath_prepend(site)
 
     def install(name: str) -> Path:
+        patch.setenv("MIM_LOAD_PLUGINS", f"{name},mim-plugin-mae")
         wheels = build_wheels(tmp_path_factory.mktemp("wheels"), [HERE / name])
         pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site]
         call(*pip, *wheels.values(), cwd=site)

@@ -47,11 +47,11 @@ SGD = [
 
 @pytest.fixture(scope="module", autouse=True)
 def adios(install_guest: Callable[[str], Path]) -> Iterator[ModuleType]:
-    install_guest("mim-plugin-adios")
-    import mim_plugin_adios
+    install_guest("mim-plugin-guest-adios")
+    import mim_plugin_guest_adios
 
-    assert "site" in mim_plugin_adios.__file__
-    return mim_plugin_adios
+    assert "site" in mim_plugin_guest_adios.__file__
+    return mim_plugin_guest_adios
 
 
 def recipe_at(folder: Path, *overrides: str) -> Recipe:
@@ -376,7 +376,7 @@ def test_a_few_epochs_on_digits_lower_the_loss_and_leave_masks_that_follow_the_i
 
 @pytest.mark.slow
 class TestContract(PluginContract):
-    plugin = "adios"
+    plugin = "guest_adios"
     recipes = (QUICKSTART,)  # by name, as it is not installed yet when tests are collected
     overrides = tuple(SIZES)
     accumulates = False  # negatives are those of a micro-batch

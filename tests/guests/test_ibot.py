@@ -46,20 +46,20 @@ GRID = Grid((4, 4))
 
 @pytest.fixture(scope="module", autouse=True)
 def ibot(install_guest: Callable[[str], Path]) -> ModuleType:
-    site = install_guest("mim-plugin-ibot")
-    import mim_plugin_ibot
+    site = install_guest("mim-plugin-guest-ibot")
+    import mim_plugin_guest_ibot
 
-    assert mim_plugin_ibot.__file__.startswith(str(site))
-    return mim_plugin_ibot
+    assert mim_plugin_guest_ibot.__file__.startswith(str(site))
+    return mim_plugin_guest_ibot
 
 
 class TestComponents(ComponentContract):
-    plugin = "ibot"
+    plugin = "guest_ibot"
 
 
 @pytest.mark.slow
 class TestRecipes(RecipeContract):
-    plugin = "ibot"
+    plugin = "guest_ibot"
     recipes = (QUICKSTART,)
 
 

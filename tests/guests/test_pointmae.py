@@ -42,8 +42,8 @@ NORMS = pytest.mark.parametrize("norm", ["layer", "batch"])
 
 @pytest.fixture(scope="module", autouse=True)
 def guest(install_guest: Callable[[str], Path]) -> ModuleType:
-    install_guest("mim-plugin-pointmae")
-    return importlib.import_module("mim_plugin_pointmae")
+    install_guest("mim-plugin-guest-pointmae")
+    return importlib.import_module("mim_plugin_guest_pointmae")
 
 
 def recipe_at(folder: Path, *overrides: str, registry: Any = None) -> Any:
@@ -70,14 +70,14 @@ def random_mask(num_hidden: int = 6, num_groups: int = 10, batch_size: int = 2) 
 
 
 class TestComponents(ComponentContract):
-    plugin = "pointmae"
+    plugin = "guest_pointmae"
 
 
 @pytest.mark.slow
 class TestRecipes(RecipeContract):
     """With layer norm: batch norm knows the parts that a batch comes in; its tests are those of training, below."""
 
-    plugin = "pointmae"
+    plugin = "guest_pointmae"
     recipes = ("pointmae_quickstart",)
     overrides = tuple(SMALL)
 
@@ -91,13 +91,13 @@ def area_of(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
 
 
 def test_a_square_prism_has_the_area_of_its_six_faces():
-    shapes = importlib.import_module("mim_plugin_pointmae.shapes")
+    shapes = importlib.import_module("mim_plugin_guest_pointmae.shapes")
     vertices, triangles = shapes.revolve([[0, -1], [1, -1], [1, 1], [0, 1]], sides=4)
     assert area_of(vertices, triangles).sum() == pytest.approx(2 * 2 + 4 * 2 * 2**0.5)
 
 
 def test_points_lie_on_the_faces_and_each_face_has_its_share():
-    shapes = importlib.import_module("mim_plugin_pointmae.shapes")
+    shapes = importlib.import_module("mim_plugin_guest_pointmae.shapes")
     mesh = shapes.revolve([[0, -1], [1, -1], [1, 1], [0, 1]], sides=4)
     x, y, z = shapes.sample_surface(*mesh, 20_000, np.random.default_rng(0)).T
     on_side, on_end = np.isclose(abs(x) + abs(y), 1), np.isclose(abs(z), 1)

@@ -24,5 +24,5 @@ def test_a_guest_imports_public_names_only(source: Path):
 
 def test_there_are_three_guests():
     assert {source.parents[2].name for source in SOURCES} == {
-        "mim-plugin-adios", "mim-plugin-ibot", "mim-plugin-pointmae",
+        "mim-plugin-guest-adios", "mim-plugin-guest-ibot", "mim-plugin-guest-pointmae",
     }  # fmt: skip

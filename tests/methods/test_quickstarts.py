@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from clean_install import ROOT
 
 from mim_framework.commands.evaluate import evaluate_run
 from mim_framework.evaluate.knn import KNNSection
@@ -27,7 +28,7 @@ looked at, after a twentieth."""
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_every_method_has_a_small_recipe_and_keeps_the_contract(plugin: str):
     assert contract.small_recipes(plugin)
-    tests = Path(__file__).parents[1] / "plugins" / f"mim-plugin-{plugin}" / "tests" / f"test_{plugin}_contract.py"
+    tests = ROOT / "plugins" / f"mim-plugin-{plugin}" / "tests" / f"test_{plugin}_contract.py"
     text = tests.read_text()
     assert f'class TestComponents(ComponentContract):\n    plugin = "{plugin}"' in text
     assert f'class TestRecipes(RecipeContract):\n    plugin = "{plugin}"' in text

@@ -1,7 +1,7 @@
 """What every comparison with official numbers shares: reading a case, building our model of it, comparing.
 
-A case is one safetensors file of `MIM_PARITY_DIR`, by default of those committed beside this module. Tolerances are
-stated here once; relative ones refer to the largest value of the tensor.
+A case is one safetensors file: of the folder `MIM_PARITY_DIR`, if that is set, or of those committed, which lie with
+their plugins. Tolerances are stated here once; relative ones refer to the largest value of the tensor.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from clean_install import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -34,7 +35,10 @@ from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.optim import Optimizer, OptimSection, parameter_groups
 
-FOLDER = Path(os.environ.get("MIM_PARITY_DIR", Path(__file__).parent / "data"))
+COMMITTED = [*ROOT.glob("plugins/*/tests/parity/data"), ROOT / "tests" / "builtins" / "parity" / "data"]
+GIVEN = [Path(os.environ["MIM_PARITY_DIR"])] if os.environ.get("MIM_PARITY_DIR") else []
+
+of_committed_cases = pytest.mark.skipif(bool(GIVEN), reason="MIM_PARITY_DIR may hold any of the cases, or none")
 
 OUTPUT_TOLERANCE = 2e-6  # relative
 GRADIENT_TOLERANCE = 1e-5  # relative
@@ -42,7 +46,8 @@ PARAMETER_TOLERANCE = 1e-5  # absolute, after 1 and 3 optimizer steps
 
 
 def cases(pattern: str) -> list[Path]:
-    return sorted(FOLDER.glob(pattern))
+    """The files of official numbers with such a name. A test that is parametrized with none of them is skipped."""
+    return sorted(path for folder in GIVEN or COMMITTED for path in folder.glob(pattern))
 
 
 def relative(ours: Tensor, official: Tensor) -> float:
@@ -66,7 +71,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_json(name: str) -> dict[str, Any]:
-    return json.loads((FOLDER / name).read_text())
+    """Facts of the official code that belong to no case: of `MIM_PARITY_DIR`, or as committed if it lacks the file."""
+    [file, *_] = [folder / name for folder in (*GIVEN, *COMMITTED) if (folder / name).exists()]
+    return json.loads(file.read_text())
 
 
 class Given(nn.Module):

@@ -1,4 +1,4 @@
-"""The components of MAE, by hand and by property. Official numbers are in tests/parity."""
+"""The components of MAE, by hand and by property. Official numbers are in parity/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HOG and the encoders of MaskFeat, by hand and by property. Official numbers are in tests/parity."""
+"""HOG and the encoders of MaskFeat, by hand and by property. Official numbers are in parity/."""
 
 from __future__ import annotations
 

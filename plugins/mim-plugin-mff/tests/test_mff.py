@@ -1,4 +1,4 @@
-"""The fusion, by hand and by property, on encoders of either kind. Official numbers are in tests/parity."""
+"""The fusion, by hand and by property, on encoders of either kind. Official numbers are in parity/."""
 
 from __future__ import annotations
 

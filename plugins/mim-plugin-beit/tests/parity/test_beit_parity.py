@@ -20,6 +20,7 @@ from parity.harness import (
     curve_per_iteration,
     imported_case,
     named,
+    of_committed_cases,
     read,
     read_json,
     relative,
@@ -63,6 +64,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     return case
 
 
+@of_committed_cases
 def test_there_are_cases():
     assert {path.stem for path in CASES} >= {"beit_a", "beit_b"}
 

@@ -9,7 +9,12 @@ import pytest
 import torch
 from mim_plugin_beit.dvae import Bottleneck, map_pixels, unmap_pixels
 from mim_plugin_beit.dvae_checkpoints import DalleCheckpoint
-from parity.harness import cases, named, relative
+from parity.harness import (
+    cases,
+    named,
+    of_committed_cases,
+    relative,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -43,6 +48,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[dict[str, Tens
     return tensors, build_model(load_recipe(tmp_path / "recipe.yaml", [], registry), registry).objective
 
 
+@of_committed_cases
 def test_there_are_cases():
     assert len(CASES) >= 2
 

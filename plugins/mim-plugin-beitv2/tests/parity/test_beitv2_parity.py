@@ -19,6 +19,7 @@ from parity.harness import (
     curve_per_iteration,
     imported_case,
     named,
+    of_committed_cases,
     read,
     read_json,
     relative,
@@ -79,6 +80,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> BEiTv2Case:
     return case
 
 
+@of_committed_cases
 def test_there_are_cases_with_shared_and_own_heads():
     assert {read(path)[1]["config"]["shared_lm_head"] for path in CASES} == {True, False}
 

@@ -19,6 +19,7 @@ from parity.harness import (
     curve_per_iteration,
     imported_case,
     named,
+    of_committed_cases,
     read,
     read_json,
     relative,
@@ -90,6 +91,7 @@ def as_map(tokens: Tensor, case: Case) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, case.model.specs.encoder.grid.shape)
 
 
+@of_committed_cases
 def test_there_are_cases():
     assert {path.stem for path in CASES} >= {"vqkd_a", "vqkd_b"}
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from mim_plugin_mff import MMPretrainCheckpoint
 from parity.harness import (
-    FOLDER,
     OUTPUT_TOLERANCE,
     Case,
     cases,
@@ -19,6 +18,7 @@ from parity.harness import (
     check_optimizer_steps,
     imported_case,
     named,
+    of_committed_cases,
     read,
     read_json,
     relative,
@@ -75,8 +75,9 @@ def everywhere(case: Case) -> Mask:
     return case.mask.predicting(torch.ones_like(case.mask.hidden))
 
 
+@of_committed_cases
 def test_there_are_cases():
-    assert CASES, f"no mff_*.safetensors in {FOLDER}"
+    assert CASES
 
 
 def test_mask_and_ids_are_exact(case: Case):

@@ -19,6 +19,7 @@ from parity.harness import (
     check_weights,
     imported_case,
     named,
+    of_committed_cases,
     read,
     read_json,
     relative,
@@ -69,6 +70,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     return case
 
 
+@of_committed_cases
 def test_there_are_cases():
     assert {path.stem.partition("_")[0] for path in CASES} == {"simmim-vit", "simmim-swin"}
 

@@ -42,7 +42,7 @@ from mim_framework import (
     patch_grid,
     without_autocast,
 )
-from mim_plugin_ibot.views import MultiCropViews
+from mim_plugin_guest_ibot.views import MultiCropViews
 
 requires_api = "1"
 

@@ -44,7 +44,7 @@ from mim_framework import (
     gather_tokens,
     hookimpl,
 )
-from mim_plugin_pointmae.shapes import MeshShapes
+from mim_plugin_guest_pointmae.shapes import MeshShapes
 
 requires_api = "1"
 
