@@ -1,111 +1,21 @@
-"""Reductions, wrapping and whole tensors over two ranks."""
+"""Devices, process groups and the launcher: who stops whom, and who says so."""
 
 from __future__ import annotations
 
 import os
 import signal
-import time
 
 import pytest
 import torch
 import torch.distributed as dist
 from click.testing import CliRunner
-from torch import nn
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher import api as launcher
 
-from mim_framework.base.errors import CheckpointError, MimError, RecipeError
+from mim_framework.base.errors import MimError, RecipeError
 from mim_framework.commands import cli
-from mim_framework.contract.world import World
 from mim_framework.runtime.launch import choose_device, launch, process_group
-from mim_framework.runtime.sharding import gather_full, like, shard, wrap
-from mim_framework.testing import run_ranks
-
-
-def test_one_rank_reduces_to_itself():
-    world, x = World(), torch.tensor([1.0, 2.0])
-    assert torch.equal(world.mean(x), x)
-    assert torch.equal(world.gather(x), x)
-    assert world.is_main
-
-
-def test_two_ranks_sum_mean_and_gather():
-    def rank_main(rank: int):
-        with process_group("cpu") as (world, device):
-            x = torch.tensor([float(rank + 1)])
-            return (
-                world.rank,
-                device.type,
-                world.sum(x).tolist(),
-                world.mean(x).tolist(),
-                world.gather(x).tolist(),
-                x.tolist(),
-            )
-
-    results = run_ranks(rank_main)
-    assert results == [(0, "cpu", [3.0], [1.5], [1.0, 2.0], [1.0]), (1, "cpu", [3.0], [1.5], [1.0, 2.0], [2.0])]
-
-
-@pytest.mark.parametrize("reduce", ["sum", "mean", "gather"])
-def test_gradients_through_a_reduction_are_those_of_one_rank(reduce):
-    """Every rank computes the same loss of the reduced rows; DDP will average gradients over ranks."""
-    rows = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
-    weights = torch.tensor([[0.5, -1.0], [2.0, 4.0]])
-
-    def loss_of(reduced):
-        return (reduced * weights[: len(reduced)]).square().sum()
-
-    def rank_main(rank):
-        own = rows[rank : rank + 1].clone().requires_grad_()
-        loss_of(getattr(World(rank, 2), reduce)(own)).backward()
-        return own.grad / 2
-
-    whole = rows.clone().requires_grad_()
-    parts = {"sum": whole.sum(0, keepdim=True), "mean": whole.mean(0, keepdim=True), "gather": whole}
-    loss_of(parts[reduce]).backward()
-    assert torch.allclose(torch.cat(run_ranks(rank_main)), whole.grad)
-
-
-def test_a_failing_rank_is_reported_with_its_traceback():
-    def rank_main(rank: int):
-        raise ValueError(f"no luck on {rank}")
-
-    with pytest.raises(RuntimeError, match="no luck on 0"):
-        run_ranks(rank_main)
-
-
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_gradients_over_two_ranks_are_those_of_the_whole_batch(mode):
-    torch.manual_seed(0)
-    whole = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
-    start = {name: value.clone() for name, value in whole.state_dict().items()}
-    batch = torch.randn(4, 3)
-    whole(batch).square().mean().backward()
-    wanted = {name: parameter.grad for name, parameter in whole.named_parameters()}
-
-    def rank_main(rank: int):
-        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
-        model.load_state_dict(start)
-        wrapped = wrap(model, [model[0]], mode, World(rank, 2), torch.device("cpu"))
-        wrapped(batch[rank * 2 : rank * 2 + 2]).square().mean().backward()
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        return gather_full(gradients, World(rank, 2))
-
-    gathered, nothing = run_ranks(rank_main)
-    assert nothing == {}
-    for name, gradient in wanted.items():
-        assert torch.allclose(gathered[name], gradient, atol=1e-6), name
-
-
-def test_a_whole_tensor_is_sharded_like_its_reference():
-    def rank_main(rank: int):
-        model = nn.Linear(3, 4)
-        shard(model, [], torch.device("cpu"))
-        placed = like(model.weight, torch.arange(12.0).reshape(4, 3))
-        return placed.to_local().flatten().tolist()
-
-    assert run_ranks(rank_main) == [[0.0, 1, 2, 3, 4, 5], [6.0, 7, 8, 9, 10, 11]]
 
 
 def test_a_device_that_is_not_there_is_named():
@@ -177,43 +87,6 @@ def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch, end, wanted
 
 
 # --- rank 0 for all --------------------------------------------------------------------------------------------------
-
-
-def test_one_rank_does_the_work_of_rank_0_itself():
-    assert World().on_main(lambda: 3) == 3
-    assert World().share("a") == "a"
-
-
-def test_rank_0_works_while_the_others_wait(tmp_path):
-    def rank_main(rank: int):
-        world = World(rank, 2)
-
-        def work() -> str:
-            time.sleep(0.2)
-            (tmp_path / "done").write_text(str(rank))
-            return "result"
-
-        result = world.on_main(work)
-        return result, (tmp_path / "done").read_text(), world.share(f"of rank {rank}")
-
-    assert run_ranks(rank_main) == [("result", "0", "of rank 0"), (None, "0", "of rank 0")]
-
-
-@pytest.mark.parametrize("error", [CheckpointError("the disk is full"), MimError("no"), KeyError("a bug")])
-def test_what_fails_on_rank_0_fails_on_all(error):
-    def rank_main(rank: int):
-        def work() -> None:
-            raise error
-
-        try:
-            World(rank, 2).on_main(work)
-        except Exception as raised:
-            return type(raised), str(raised), getattr(raised, "told_by_another_rank", None)
-
-    first, second = run_ranks(rank_main)
-    is_ours = isinstance(error, MimError)
-    assert first == (type(error), str(error), False if is_ours else None)
-    assert second == (type(error) if is_ours else MimError, str(error), True)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the console shows on a terminal, in a log file and on other ranks; pictures pixel by pixel."""
+"""What the console shows on a terminal, in a log file and on other ranks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
-import torch
 from rich.console import Console
 
-from mim_framework.contract.mask import Grid
-from mim_framework.evaluate.pictures import CAPTION_HEIGHT, GAP, mask_image, reconstruction_picture
 from mim_framework.train.progress import Progress, summary
 
 SPEED = {"images_per_s": 812.4, "step_s": 0.5, "wait_share": 0.034}
@@ -71,51 +68,3 @@ def test_a_terminal_gets_a_bar_with_the_note_above_it():
 @pytest.mark.parametrize("terminal", [True, False])
 def test_other_ranks_are_silent(terminal):
     assert show(a_console(terminal), rank=1) == ""
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def test_hidden_patches_are_painted_grey():
-    image = torch.arange(8.0).reshape(1, 2, 4) / 8
-    hidden = torch.tensor([True, False])
-    assert mask_image(image, hidden, Grid((1, 2))).tolist() == [[[0.5, 0.5, 0.25, 0.375], [0.5, 0.5, 0.75, 0.875]]]
-    assert image[0, 0, 0] == 0  # the image itself is as it was
-    with pytest.raises(ValueError, match="image size 2x4 is not a multiple of the grid 2x3"):
-        mask_image(image, torch.zeros(6, dtype=torch.bool), Grid((2, 3)))
-
-
-def test_a_picture_by_hand():
-    grey = torch.tensor([[[0.0, 1.0], [0.5, 2.0]]])  # (1, 2, 2); 2.0 is clipped
-    red = torch.tensor([1.0, -1.0, 0.0])[:, None, None].expand(3, 2, 2)
-    picture = reconstruction_picture([(grey, red), (red, grey)], scale=3, captions=("a", "b"))
-
-    cell = 2 * 3 + GAP
-    assert picture.size == (GAP + 2 * cell, CAPTION_HEIGHT + GAP + 2 * cell)
-    left, top = GAP, CAPTION_HEIGHT + GAP
-    assert picture.getpixel((left, top)) == (0, 0, 0)
-    assert picture.getpixel((left + 2, top + 2)) == (0, 0, 0)  # one pixel became 3x3
-    assert picture.getpixel((left + 3, top)) == (255, 255, 255)
-    assert picture.getpixel((left, top + 3)) == (128, 128, 128)
-    assert picture.getpixel((left + 5, top + 5)) == (255, 255, 255)
-    assert picture.getpixel((left + cell, top)) == (255, 0, 0)
-    assert picture.getpixel((left, top + cell)) == (255, 0, 0)
-    assert picture.getpixel((left + cell, top + cell)) == (0, 0, 0)
-    assert picture.getpixel((left - 1, top)) == (255, 255, 255)  # a gap
-    captions = picture.crop((0, 0, picture.width, CAPTION_HEIGHT)).convert("L").getextrema()
-    assert captions[0] < 128  # there is writing
-
-
-def test_small_images_are_enlarged_until_the_captions_fit():
-    digit, photo = torch.zeros(1, 8, 8), torch.zeros(3, 224, 160)
-    assert reconstruction_picture([(digit,) * 3]).size == (3 * (96 + GAP) + GAP, CAPTION_HEIGHT + 96 + 2 * GAP)
-    assert reconstruction_picture([(photo,) * 3]).size == (3 * (160 + GAP) + GAP, CAPTION_HEIGHT + 224 + 2 * GAP)
-
-
-def test_a_prediction_that_is_not_finite_is_still_drawn():
-    broken = torch.full((3, 2, 2), float("nan"))
-    assert reconstruction_picture([(broken,)], scale=1, captions=("x",)).getpixel((GAP, CAPTION_HEIGHT + GAP)) == (
-        0,
-        0,
-        0,
-    )

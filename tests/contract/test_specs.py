@@ -1,0 +1,16 @@
+"""What builders publish."""
+
+from __future__ import annotations
+
+import pytest
+
+from mim_framework.contract.specs import ViewSpec
+
+
+def test_only_a_view_of_images_has_a_size_and_channels():
+    images = ViewSpec("x", (3, 32, 48))
+    assert (images.in_chans, images.img_size) == (3, (32, 48))
+    points = ViewSpec("x", (64, 33, 3), kind="points")
+    for name in ("in_chans", "img_size"):
+        with pytest.raises(ValueError, match="view 'x' holds points, images are needed"):
+            getattr(points, name)
