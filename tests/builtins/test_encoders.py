@@ -91,7 +91,7 @@ def test_all_that_trains_has_a_place_in_the_tokens(published):
     assert encoder.spec.dim == 6
 
 
-def test_published_weights_see_images_as_they_were_published_for_them_and_a_student_those_of_the_recipe(published):
+def test_published_weights_see_images_normalised_as_published_and_the_student_as_in_the_recipe(published):
     model = build_model(recipe_of({"checkpoint": published[1], "project": True}), Registry())
     seen = []
     teacher = model.teachers["clip"].part("encoder")

@@ -17,7 +17,7 @@ def by_topic(findings: list[Finding]) -> dict[str, Finding]:
 
 
 @pytest.mark.slow
-def test_a_healthy_environment(install_plugin):
+def test_a_healthy_environment_is_told_part_by_part(install_plugin):
     install_plugin("spiral", "")
     install_plugin("broken", "import surely_not_there\n")
     findings = by_topic(examine(Registry(only=["spiral", "broken"])))

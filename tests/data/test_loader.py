@@ -87,7 +87,7 @@ def samples_of(pictures: dict[int, torch.Tensor]) -> list[int]:
 # --- order and layout --------------------------------------------------------------------------------------------
 
 
-def test_positions_by_hand():
+def test_the_positions_of_ranks_and_micro_batches_by_hand():
     layouts = [BatchLayout(total_batch_size=12, batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
     assert layouts[0].accum_steps == 3
     assert [list(layouts[0].positions(0, micro)) for micro in range(3)] == [[0, 1], [4, 5], [8, 9]]

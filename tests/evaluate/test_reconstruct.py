@@ -22,7 +22,7 @@ from mim_framework.train.pictures import draw_fixed
 RED, GREY, WHITE = (200, 0, 0), (128, 128, 128), (255, 255, 255)
 
 
-def test_rows_by_hand(make_run, registry):
+def test_the_rows_of_a_reconstruction_by_hand(make_run, registry):
     run = load_run(make_run(), registry=registry)
     run.objective.train()
     batch = {"x": torch.full((2, 3, 8, 8), 51, dtype=torch.uint8)}

@@ -84,7 +84,7 @@ def test_adamw_step_by_hand():
     assert model.weight.item() == pytest.approx(1.0 - 0.1 * 0.5 - 0.1)  # first Adam step has size lr
 
 
-def test_timm_optimizers_by_name():
+def test_an_optimizer_of_timm_is_found_by_its_name():
     model = nn.Linear(2, 2)
     optimizer = Optimizer("main", OptimSection(type="lamb", lr=0.1), named(model), [], 1)
     assert type(optimizer.optimizer).__name__ == "Lamb"

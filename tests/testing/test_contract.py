@@ -187,7 +187,9 @@ def test_a_faultless_plugin_passes(tmp_path: Path, test: str):
         ("state", "encoder", "state outside the state dict", None),
     ],
 )
-def test_a_fault_is_found(tmp_path: Path, test: str, slot: str, fault: str, message: str | None):
+def test_a_plugin_with_a_fault_fails_the_test_that_looks_for_it(
+    tmp_path: Path, test: str, slot: str, fault: str, message: str | None
+):
     with pytest.raises(AssertionError, match=message):
         ONE_STEP[test](Contract(), "faulty_quickstart", changes(slot, fault), tmp_path)
 

@@ -178,7 +178,7 @@ def test_the_decoder_takes_any_encoder_with_a_token_everywhere():
     preflight(model, torch.device("cpu"))
 
 
-def test_the_recommended_tokenizer_has_the_official_number_of_parameters_and_needs_no_weights_to_be_counted():
+def test_the_recommended_tokenizer_is_counted_without_weights_and_has_the_official_size():
     recipe = load_recipe("beit_v2_vqkd", ["data.source=digits", "train.device=cpu"], RegistryWith())
     with torch.device("meta"):
         model = build_model(recipe, RegistryWith(), with_weights=False)

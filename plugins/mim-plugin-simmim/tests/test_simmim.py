@@ -262,7 +262,7 @@ def test_parameter_counts_are_the_official_ones(cls: Any, size: int, options: di
 
 
 @pytest.mark.parametrize("official", [True, False])
-def test_what_decays(official: bool):
+def test_timms_own_exemptions_of_bias_tables_do_not_count(official: bool):
     """timm's own exemptions, which name the tables, do not count."""
     found = {}
     for cls, options in ((SwinEncoder, {"absolute_position": True}), (SwinV2Encoder, {}), (SimMIMViT, {})):

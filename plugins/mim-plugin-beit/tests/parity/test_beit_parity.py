@@ -65,7 +65,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
 
 
 @of_committed_cases
-def test_there_are_cases():
+def test_official_cases_are_committed():
     assert {path.stem for path in CASES} >= {"beit_a", "beit_b"}
 
 
@@ -73,7 +73,7 @@ def test_imported_weights_are_those_of_the_file_and_exported_again(case: Case):
     check_weights(case, OfficialCheckpoint(), computed=["relative_position_index"])
 
 
-def test_outputs(case: Case):
+def test_latents_and_logits_are_those_of_the_official_code(case: Case):
     encoder, decoder = case.model.objective.encoder, case.model.objective.heads["main"].decoder
     latent = encoder(case.images, case.mask, Ask(layers=frozenset(range(encoder.spec.depth))))
     tokens = torch.cat([latent.prefix, latent.tokens], dim=1)
@@ -95,22 +95,22 @@ def test_outputs(case: Case):
     assert torch.equal(ids[hidden], case.tensors["out/labels"])
 
 
-def test_loss_and_accuracy(case: Case):
+def test_loss_and_accuracy_are_those_of_the_official_code(case: Case):
     official = case.tensors["out/loss"].item()
     assert abs(case.loss().item() - official) < OUTPUT_TOLERANCE * official
     right = (case.tensors["out/logits"].argmax(1) == case.tensors["out/labels"]).float().mean()
     assert case.model.objective.heads["main"].loss.metrics()["accuracy"].item() == pytest.approx(right.item())
 
 
-def test_gradients(case: Case):
+def test_gradients_are_those_of_the_official_code(case: Case):
     check_gradients(case)
 
 
-def test_optimizer_steps(case: Case):
+def test_three_optimizer_steps_end_at_the_official_weights(case: Case):
     check_optimizer_steps(case)
 
 
-def test_features_for_fine_tuning(case: Case):
+def test_features_for_fine_tuning_are_those_of_the_official_code(case: Case):
     check_features_for_fine_tuning(case)
 
 
@@ -140,7 +140,7 @@ def test_a_wrong_implementation_would_be_found(case: Case, fault: str):
 
 
 @pytest.mark.parametrize("number", range(len(SCHEDULES["schedules"])))
-def test_learning_rate_and_weight_decay_of_every_iteration(number: int):
+def test_learning_rate_and_weight_decay_of_every_iteration_are_the_official_ones(number: int):
     official = SCHEDULES["schedules"][number]
     setting = official["setting"]
     decay: Any = setting["weight_decay"]
@@ -156,7 +156,7 @@ def test_learning_rate_and_weight_decay_of_every_iteration(number: int):
     assert decays == pytest.approx(official["weight_decay_per_iteration"], rel=1e-12)
 
 
-def test_decay_groups_of_pre_training_are_exact(case: Case):
+def test_decay_groups_of_pre_training_are_exactly_the_official_ones(case: Case):
     official = SCHEDULES["pretrain_param_groups"]["beit"]
     known = {our_name(name): True for name in official["weight_decay_keys"]}
     known |= {our_name(name): False for name in official["no_weight_decay"]}
@@ -164,7 +164,7 @@ def test_decay_groups_of_pre_training_are_exact(case: Case):
 
 
 @pytest.mark.parametrize("number", range(len(LAYER_DECAY["cases"])))
-def test_layer_decay_is_exact(number: int):
+def test_layer_decay_is_exactly_the_official_one(number: int):
     official = LAYER_DECAY["cases"][number]
     depth, exempt = official["depth"], {"cls_token", "pos_embed"}
     if official["disable_weight_decay_on_rel_pos_bias"]:

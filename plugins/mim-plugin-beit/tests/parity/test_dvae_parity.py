@@ -49,12 +49,12 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[dict[str, Tens
 
 
 @of_committed_cases
-def test_there_are_cases():
+def test_official_cases_are_committed():
     assert len(CASES) >= 2
 
 
 @torch.no_grad()
-def test_encoder_and_token_ids(case: tuple[dict[str, Tensor], nn.Module]):
+def test_logits_and_token_ids_are_those_of_the_official_code(case: tuple[dict[str, Tensor], nn.Module]):
     tensors, objective = case
     images, encoder = tensors["input/images"], objective.encoder
     assert relative(map_pixels(images), tensors["out/mapped"]) < OUTPUT_TOLERANCE
@@ -66,7 +66,7 @@ def test_encoder_and_token_ids(case: tuple[dict[str, Tensor], nn.Module]):
 
 
 @torch.no_grad()
-def test_middle_of_the_encoder(case: tuple[dict[str, Tensor], nn.Module]):
+def test_every_group_of_the_encoder_gives_what_the_official_one_does(case: tuple[dict[str, Tensor], nn.Module]):
     tensors, objective = case
     images, encoder = tensors["input/images"], objective.encoder
     seen: dict[str, Tensor] = {}
@@ -81,7 +81,7 @@ def test_middle_of_the_encoder(case: tuple[dict[str, Tensor], nn.Module]):
 
 
 @torch.no_grad()
-def test_decoder(case: tuple[dict[str, Tensor], nn.Module]):
+def test_decoded_images_are_those_of_the_official_code(case: tuple[dict[str, Tensor], nn.Module]):
     tensors, objective = case
     if "out/decoded" not in tensors:
         pytest.skip("this file holds no decoder")

@@ -81,7 +81,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> BEiTv2Case:
 
 
 @of_committed_cases
-def test_there_are_cases_with_shared_and_own_heads():
+def test_official_cases_with_shared_and_own_heads_are_committed():
     assert {read(path)[1]["config"]["shared_lm_head"] for path in CASES} == {True, False}
 
 
@@ -89,7 +89,7 @@ def test_imported_weights_are_those_of_the_file_and_exported_again(case: BEiTv2C
     check_weights(case, OfficialCheckpoint(), computed=["relative_position_index"])
 
 
-def test_outputs_of_both_streams(case: BEiTv2Case):
+def test_latents_and_logits_of_both_streams_are_those_of_the_official_code(case: BEiTv2Case):
     objective, official = case.model.objective, case.tensors
     seen: dict[str, Tensor] = {}
     named_blocks = {f"blocks.{i}": block for i, block in enumerate(objective.encoder.blocks)}
@@ -113,7 +113,7 @@ def test_outputs_of_both_streams(case: BEiTv2Case):
     assert torch.equal(case.masked.views["token_ids"][case.mask.hidden], official["out/labels"])
 
 
-def test_both_losses_and_accuracies(case: BEiTv2Case):
+def test_both_losses_and_accuracies_are_those_of_the_official_code(case: BEiTv2Case):
     losses, official = case.losses(), case.tensors
     metrics = case.model.objective.metrics()
     for stream, number, suffix in (("main", 1, ""), ("main_cls", 2, "_cls_pt")):
@@ -123,11 +123,11 @@ def test_both_losses_and_accuracies(case: BEiTv2Case):
     assert case.loss().item() == pytest.approx(official["out/loss"].item(), rel=OUTPUT_TOLERANCE)
 
 
-def test_gradients(case: BEiTv2Case):
+def test_gradients_are_those_of_the_official_code(case: BEiTv2Case):
     check_gradients(case)
 
 
-def test_optimizer_steps(case: BEiTv2Case):
+def test_three_optimizer_steps_end_at_the_official_weights(case: BEiTv2Case):
     check_optimizer_steps(case)
 
 
@@ -158,7 +158,7 @@ def test_the_tokenizer_of_the_file_gives_its_token_ids(case: BEiTv2Case, tmp_pat
     assert not torch.equal(model.objective.heads["main"].target(step, Masked({"x": case.mask}, wrong)), ids)
 
 
-def test_features_for_fine_tuning(case: BEiTv2Case):
+def test_features_for_fine_tuning_are_those_of_the_official_code(case: BEiTv2Case):
     check_features_for_fine_tuning(case)
 
 
@@ -204,7 +204,7 @@ def test_a_wrong_sum_of_the_losses_would_be_found(case: BEiTv2Case):
 
 
 @pytest.mark.parametrize("number", range(len(SCHEDULES["schedules"])))
-def test_learning_rate_of_every_iteration(number: int):
+def test_the_learning_rate_of_every_iteration_is_the_official_one(number: int):
     official = SCHEDULES["schedules"][number]
     setting = official["setting"]
     section = OptimSection(
@@ -214,7 +214,7 @@ def test_learning_rate_of_every_iteration(number: int):
     assert rates == pytest.approx(official["lr_per_iteration"], rel=1e-12)
 
 
-def test_decay_groups_are_exact(case: BEiTv2Case):
+def test_decay_groups_are_exactly_the_official_ones(case: BEiTv2Case):
     official = SCHEDULES["pretrain_param_groups"]["beitv2_cls_pt"]
     layout = OfficialCheckpoint()
     known = dict.fromkeys(layout.import_state(dict.fromkeys(official["weight_decay_keys"])), True)

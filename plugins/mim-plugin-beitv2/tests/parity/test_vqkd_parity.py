@@ -92,7 +92,7 @@ def as_map(tokens: Tensor, case: Case) -> Tensor:
 
 
 @of_committed_cases
-def test_there_are_cases():
+def test_official_cases_are_committed():
     assert {path.stem for path in CASES} >= {"vqkd_a", "vqkd_b"}
 
 
@@ -108,7 +108,7 @@ def test_imported_weights_are_those_of_the_file_and_exported_again(case: Case):
     assert all(torch.equal(exported[name], official[name]) for name in official.keys() - set(UNUSED))
 
 
-def test_outputs(case: Case):
+def test_latents_codes_and_reconstructions_are_those_of_the_official_code(case: Case):
     encoder, decoder = case.model.objective.encoder, case.model.objective.heads["main"].decoder
     seen: dict[str, Tensor] = {}
     for side, vit in (("encoder", encoder.vit), ("decoder", decoder.vit)):
@@ -134,25 +134,25 @@ def test_outputs(case: Case):
     assert relative(pred.values, official["out/rec"]) < OUTPUT_TOLERANCE
 
 
-def test_losses(case: Case):
+def test_both_losses_are_those_of_the_official_code(case: Case):
     losses = case.losses()
     for name, official in (("main", "rec_loss"), ("commitment", "quant_loss")):
         assert losses[name].item() == pytest.approx(case.tensors[f"out/{official}"].item(), rel=OUTPUT_TOLERANCE)
     assert case.loss().item() == pytest.approx(case.tensors["out/loss"].item(), rel=OUTPUT_TOLERANCE)
 
 
-def test_gradients(case: Case):
+def test_gradients_are_those_of_the_official_code(case: Case):
     check_gradients(case)
 
 
-def test_optimizer_steps_move_the_codebook_too(case: Case):
+def test_three_optimizer_steps_with_the_codebook_end_at_the_official_weights(case: Case):
     assert {"step1/quantize.embedding.weight", "step3/quantize.embedding.weight"} <= case.tensors.keys()
     check_optimizer_steps(case, weight_decay=1e-4)
     codes = case.model.objective.encoder.codebook.codes
     assert (codes - case.tensors["step3/quantize.embedding.weight"]).abs().max() < CODE_TOLERANCE
 
 
-def test_codebook_after_one_step(case: Case):
+def test_a_step_moves_the_used_codes_to_where_the_official_code_does(case: Case):
     encoder = case.model.objective.encoder
     before = encoder.codebook.codes.clone()
     assert torch.equal(before, case.tensors["out/codebook_before"])
@@ -185,7 +185,7 @@ def test_nothing_moves_in_eval_mode(case: Case):
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_k_means(path: Path):
+def test_k_means_finds_the_centres_of_the_official_code(path: Path):
     tensors, _ = read(path)
     samples = tensors["extra/kmeans_samples"]
     centers, counts = spherical_k_means(samples, samples[tensors["extra/kmeans_start_indices"]])
@@ -239,7 +239,7 @@ def test_a_wrong_update_of_the_codebook_would_be_found(case: Case, fault: str):
 
 
 @pytest.mark.parametrize("number", range(len(SCHEDULES["schedules"])))
-def test_learning_rate_of_every_iteration(number: int):
+def test_the_learning_rate_of_every_iteration_is_the_official_one(number: int):
     official = SCHEDULES["schedules"][number]
     setting = official["setting"]
     section = OptimSection(
@@ -250,7 +250,7 @@ def test_learning_rate_of_every_iteration(number: int):
     assert rates == pytest.approx(official["lr_per_iteration"], rel=1e-12)
 
 
-def test_decay_groups_are_exact(case: Case):
+def test_decay_groups_are_exactly_the_official_ones(case: Case):
     official = SCHEDULES["pretrain_param_groups"]["vqkd"]
     known = {our_name(name): True for name in official["weight_decay_keys"]}
     known |= {our_name(name): False for name in official["no_weight_decay"]}

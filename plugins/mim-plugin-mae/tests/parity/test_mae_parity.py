@@ -63,11 +63,11 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
 
 
 @of_committed_cases
-def test_there_are_cases():
+def test_official_cases_are_committed():
     assert CASES
 
 
-def test_mask_and_ids_are_exact(case: Case):
+def test_mask_and_ids_are_exactly_the_official_ones(case: Case):
     assert torch.equal(case.mask.hidden.float(), case.tensors["out/mask"])
     assert torch.equal(case.mask.ids_restore, case.tensors["out/ids_restore"])
     case.mask.validate()
@@ -83,7 +83,7 @@ def test_imported_weights_are_bitwise_those_of_the_file_position_tables_included
         assert torch.equal(fresh[table], weights[table])
 
 
-def test_outputs(case: Case):
+def test_latents_and_predictions_are_those_of_the_official_code(case: Case):
     objective = case.model.objective
     head = objective.heads["main"]
     depth = objective.encoder.spec.depth
@@ -130,17 +130,17 @@ def test_loss_and_predictions_at_hidden_positions_only_are_those_at_all(case: Ca
     assert abs(from_all.item() - loss.item()) < OUTPUT_TOLERANCE * loss.item()
 
 
-def test_gradients(case: Case):
+def test_gradients_are_those_of_the_official_code(case: Case):
     check_gradients(case)
 
 
-def test_optimizer_steps(case: Case):
+def test_three_optimizer_steps_end_at_the_official_weights(case: Case):
     assert not exempt_names(case.model.objective)
     check_optimizer_steps(case)
 
 
 @torch.no_grad()
-def test_features_for_fine_tuning(case: Case):
+def test_features_for_fine_tuning_are_those_of_the_official_code(case: Case):
     encoder = case.model.objective.encoder.eval()
     last = encoder.spec.depth - 1
     latent = encoder(case.images, Mask.none(len(case.images), encoder.spec.grid), Ask(layers=frozenset({last})))
@@ -168,7 +168,7 @@ def test_a_wrong_implementation_would_be_found(case: Case, fault: str):
     assert relative(pred.values, case.tensors["out/pred"]) > 5 * OUTPUT_TOLERANCE
 
 
-def test_learning_rate_of_every_iteration_is_exact():
+def test_the_learning_rate_of_every_iteration_is_exactly_the_official_one():
     for schedule in read_json("mae_schedule.json")["schedules"]:
         setting = schedule["setting"]
         section = OptimSection(
@@ -184,7 +184,7 @@ def test_learning_rate_of_every_iteration_is_exact():
         assert rates == schedule["lr_per_iteration"]
 
 
-def test_decay_groups_of_pre_training_are_exact():
+def test_decay_groups_of_pre_training_are_exactly_the_official_ones():
     groups = read_json("mae_schedule.json")["pretrain_param_groups"]
     parameters = {name: nn.Parameter(torch.zeros(1)) for name in groups["no_weight_decay"]}
     parameters |= {name: nn.Parameter(torch.zeros(1, 1)) for name in groups["weight_decay_keys"]}
@@ -193,7 +193,7 @@ def test_decay_groups_of_pre_training_are_exact():
 
 
 @pytest.mark.parametrize("official", read_json("mae_layer_decay.json")["cases"])
-def test_layer_decay_is_exact(official: dict[str, Any]):
+def test_layer_decay_is_exactly_the_official_one(official: dict[str, Any]):
     depth, decay = official["depth"], official["layer_decay"]
     curve = Curve(start=1e-3, end=1e-6, warmup_epochs=1)
     parameters = {

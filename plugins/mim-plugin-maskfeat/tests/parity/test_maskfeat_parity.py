@@ -75,7 +75,7 @@ def sequence(latent: Latent) -> Tensor:
 
 
 @of_committed_cases
-def test_there_are_cases():
+def test_official_cases_are_committed():
     assert {path.stem.partition("_")[0] for path in CASES} == {"maskfeat", "maskfeat-mm"}
     assert HOG_CASES
 
@@ -91,7 +91,7 @@ def in_patches(cells: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("path", HOG_CASES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("flat_threshold", [0.0, 3e-6])
-def test_hog_of_both_implementations(path: Path, flat_threshold: float):
+def test_hog_is_that_of_both_official_implementations(path: Path, flat_threshold: float):
     tensors = load_file(path)
     images = tensors["input/image_u8"] if "input/image_u8" in tensors else tensors["input/image"]
     ours = hog(images, flat_threshold=flat_threshold)
@@ -124,7 +124,7 @@ def test_the_filters_and_the_window_of_the_official_code_are_ours(case: Case):
         assert torch.equal(gaussian_kernel(16), case.tensors["param/target_generator.gaussian_kernel"])
 
 
-def test_targets(case: Case):
+def test_hog_targets_are_those_of_the_official_code(case: Case):
     target = case.model.objective.heads["main"].target
     official = case.tensors["out/hog_all"] if "out/hog_all" in case.tensors else case.tensors["out/target"]
     ours = target(case.step, Masked({"x": everywhere(case)}, {"x": case.images})).values
@@ -141,7 +141,7 @@ def test_imported_weights_are_bitwise_those_of_the_file(case: Case):
     assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
 
 
-def test_outputs(case: Case):
+def test_latents_and_predictions_are_those_of_the_official_code(case: Case):
     objective = case.model.objective
     encoder, decoder = objective.encoder, objective.heads["main"].decoder
     seen: dict[str, Tensor] = {}
@@ -163,23 +163,23 @@ def test_outputs(case: Case):
         assert relative(pred.values[case.mask.hidden], case.tensors["out/pred"]) < OUTPUT_TOLERANCE
 
 
-def test_loss(case: Case):
+def test_the_loss_is_that_of_the_official_code(case: Case):
     official = case.tensors["out/loss"]
     assert relative(case.loss(), official) < OUTPUT_TOLERANCE
 
 
-def test_gradients(case: Case):
+def test_gradients_are_those_of_the_official_code(case: Case):
     check_gradients(case)
 
 
-def test_optimizer_steps(case: Case):
+def test_three_optimizer_steps_end_at_the_official_weights(case: Case):
     official = case.metadata["method"] == "maskfeat"
     assert exempt_names(case.model.objective) == (set() if official else {"encoder.mask_token"})
     check_optimizer_steps(case)
 
 
 @torch.no_grad()
-def test_features_for_fine_tuning(case: Case):
+def test_features_for_fine_tuning_are_those_of_the_official_code(case: Case):
     encoder = case.model.objective.encoder.eval()
     last = encoder.spec.depth - 1
     latent = encoder(case.images, Mask.none(len(case.images), encoder.spec.grid), Ask(layers=frozenset({last})))
@@ -224,7 +224,7 @@ def test_a_wrong_hog_would_be_found(case: Case):
 # --- schedules and groups --------------------------------------------------------------------------------------------
 
 
-def test_learning_rate_of_every_iteration():
+def test_the_learning_rate_of_every_iteration_is_the_official_one():
     for schedule in read_json("maskfeat_schedule.json")["schedules"]:
         setting = schedule["setting"]
         section = OptimSection(

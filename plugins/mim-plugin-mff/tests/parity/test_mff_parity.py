@@ -76,11 +76,11 @@ def everywhere(case: Case) -> Mask:
 
 
 @of_committed_cases
-def test_there_are_cases():
+def test_official_cases_are_committed():
     assert CASES
 
 
-def test_mask_and_ids_are_exact(case: Case):
+def test_mask_and_ids_are_exactly_the_official_ones(case: Case):
     assert torch.equal(case.mask.hidden.float(), case.tensors["out/mask"])
     assert torch.equal(case.mask.ids_restore, case.tensors["out/ids_restore"])
 
@@ -101,7 +101,7 @@ def test_the_position_tables_of_the_file_are_ours_with_rows_first(case: Case):
         assert not torch.allclose(weights[name], fresh[name], atol=0.1), name
 
 
-def test_outputs(case: Case):
+def test_fused_layers_and_predictions_are_those_of_the_official_code(case: Case):
     objective = case.model.objective
     head, blocks = objective.heads["main"], objective.encoder.spec.depth
     assert list(objective.layers) == case.config["out_indices"]
@@ -134,16 +134,16 @@ def test_outputs(case: Case):
         assert relative(target.values, case.tensors["out/target"]) < OUTPUT_TOLERANCE
 
 
-def test_loss(case: Case):
+def test_the_loss_is_that_of_the_official_code(case: Case):
     official = case.tensors["out/loss"].item()
     assert case.loss().item() == pytest.approx(official, rel=OUTPUT_TOLERANCE)
 
 
-def test_gradients(case: Case):
+def test_gradients_are_those_of_the_official_code(case: Case):
     check_gradients(case)
 
 
-def test_optimizer_steps(case: Case):
+def test_three_optimizer_steps_end_at_the_official_weights(case: Case):
     tokens = {"encoder.cls_token", "heads.main.decoder.mask_token"}
     assert exempt_names(case.model.objective) == tokens
     check_optimizer_steps(case)
@@ -185,7 +185,7 @@ def test_a_wrong_implementation_would_be_found(case: Case, fault: str):
     assert relative(sequence(latent), case.tensors["out/latent"]) > 5 * OUTPUT_TOLERANCE
 
 
-def test_learning_rate_of_every_iteration_is_exact():
+def test_the_learning_rate_of_every_iteration_is_exactly_the_official_one():
     for schedule in read_json("mff_schedule.json")["schedules"]:
         setting = schedule["setting"]
         section = OptimSection(
@@ -200,7 +200,7 @@ def test_learning_rate_of_every_iteration_is_exact():
         assert ours == pytest.approx(schedule["lr_per_iteration"], rel=1e-12)
 
 
-def test_weight_decay_groups_are_exact(case: Case):
+def test_weight_decay_groups_are_exactly_the_official_ones(case: Case):
     """For the model of the schedule file: three blocks, fused from three levels, one block in the decoder."""
     official = read_json("mff_schedule.json")["pretrain_param_groups"]
     recipe = case.model.recipe

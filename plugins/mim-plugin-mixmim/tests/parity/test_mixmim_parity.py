@@ -80,7 +80,7 @@ def wanted_pred(case: Case) -> Tensor:
 
 
 @of_committed_cases
-def test_there_are_cases():
+def test_official_cases_are_committed():
     assert CASES
 
 
@@ -106,7 +106,7 @@ def test_imported_weights_are_bitwise_those_of_the_file_and_exported_ones_too(ca
 
 
 @torch.no_grad()
-def test_outputs(case: Case):
+def test_latents_and_predictions_are_those_of_the_official_code(case: Case):
     objective = case.model.objective
     encoder, decoder = objective.encoder, objective.heads["main"].decoder
     seen: dict[str, Tensor] = {}
@@ -148,7 +148,7 @@ def test_outputs(case: Case):
 
 
 @torch.no_grad()
-def test_loss_and_target(case: Case):
+def test_loss_and_target_are_those_of_the_official_code(case: Case):
     official = case.tensors["out/loss"]
     assert abs(case.loss().item() - official.item()) < OUTPUT_TOLERANCE * official.item()
     target = case.model.objective.heads["main"].target(case.step, case.masked)
@@ -157,18 +157,18 @@ def test_loss_and_target(case: Case):
         assert relative(target.values, case.tensors["out/target"]) < OUTPUT_TOLERANCE
 
 
-def test_gradients(case: Case):
+def test_gradients_are_those_of_the_official_code(case: Case):
     check_gradients(case)
 
 
-def test_optimizer_steps(case: Case):
+def test_three_optimizer_steps_end_at_the_official_weights(case: Case):
     """Mask token and bias tables decay, as officially: no component exempts anything."""
     assert not exempt_names(case.model.objective)
     check_optimizer_steps(case)
 
 
 @torch.no_grad()
-def test_features_for_fine_tuning(case: Case):
+def test_features_for_fine_tuning_are_those_of_the_official_code(case: Case):
     encoder = case.model.objective.encoder.eval()
     latent = encoder(case.images, Mask.none(len(case.images), encoder.spec.grid))
     assert relative(latent.pooled(), case.tensors["extra/finetune_pooled"]) < OUTPUT_TOLERANCE
@@ -211,7 +211,7 @@ def test_the_complementary_mask_has_the_same_loss(case: Case):
 @pytest.mark.parametrize(
     "official", read_json("mixmim_layer_decay.json")["cases"], ids=lambda case: str(case["depths"])
 )
-def test_layer_decay_is_exact(official: dict[str, Any]):
+def test_layer_decay_is_exactly_the_official_one(official: dict[str, Any]):
     depths, decay = official["depths"], official["layer_decay"]
     parameters = {
         name: nn.Parameter(torch.zeros(1) if name.endswith(".bias") or "norm" in name else torch.zeros(1, 1))

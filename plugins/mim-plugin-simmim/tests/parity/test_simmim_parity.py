@@ -71,7 +71,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
 
 
 @of_committed_cases
-def test_there_are_cases():
+def test_official_cases_are_committed():
     assert {path.stem.partition("_")[0] for path in CASES} == {"simmim-vit", "simmim-swin"}
 
 
@@ -103,7 +103,7 @@ def everywhere(case: Case) -> Tensor:
     return pixel_shuffle(nn.functional.conv2d(cells, weight, bias), objective.encoder.spec.stride)
 
 
-def test_outputs(case: Case):
+def test_latents_and_predictions_are_those_of_the_official_code(case: Case):
     objective = case.model.objective
     encoder = objective.encoder
     latent = encoder(case.images, case.mask, Ask(layers=frozenset(range(encoder.spec.depth))))
@@ -119,7 +119,7 @@ def test_outputs(case: Case):
             assert relative(encoder.rel_pos_bias()[0], official) < OUTPUT_TOLERANCE
 
 
-def test_middle_of_swin(case: Case):
+def test_every_swin_block_gives_what_the_official_one_does(case: Case):
     """`layers.S` of the official code ends with the merging that begins our next stage."""
     encoder = case.model.objective.encoder
     if not isinstance(encoder, SwinEncoder):
@@ -148,7 +148,7 @@ def test_loss_at_hidden_cells_only_is_the_official_one(case: Case):
     assert abs(case.loss().item() - official) < OUTPUT_TOLERANCE * official
 
 
-def test_gradients(case: Case):
+def test_gradients_are_those_of_the_official_code(case: Case):
     head = "decoder.0.weight"  # of which a file may hold the first rows, in the official order
     rows = case.tensors.get(f"gradslice/{head}")
     case.tensors = {name: tensor for name, tensor in case.tensors.items() if name != f"gradslice/{head}"}
@@ -158,12 +158,12 @@ def test_gradients(case: Case):
         assert relative(ours[: len(rows)], rows) < GRADIENT_TOLERANCE
 
 
-def test_optimizer_steps(case: Case):
+def test_three_optimizer_steps_end_at_the_official_weights(case: Case):
     check_optimizer_steps(case)
 
 
 @torch.no_grad()
-def test_features_for_fine_tuning(case: Case):
+def test_features_for_fine_tuning_are_those_of_the_official_code(case: Case):
     if "extra/finetune_pooled" not in case.tensors:
         pytest.skip("the official remapping needs a shared table")
     encoder = case.model.objective.encoder.eval()
@@ -198,7 +198,7 @@ def test_a_wrong_implementation_would_be_found(case: Case, fault: str):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES["schedules"], ids=lambda s: s["setting"]["scheduler"])
-def test_learning_rate_of_every_iteration(schedule: dict[str, Any]):
+def test_the_learning_rate_of_every_iteration_is_the_official_one(schedule: dict[str, Any]):
     """The official loop sets the rate after a step, from the number of that micro-step."""
     setting = schedule["setting"]
     scale, accum = setting["scale"], max(1, setting["accumulation_steps"])
@@ -223,7 +223,7 @@ def test_learning_rate_of_every_iteration(schedule: dict[str, Any]):
 
 
 @pytest.mark.parametrize("official", SCHEDULES["finetune_layer_decay"], ids=lambda case: case["encoder"])
-def test_layer_decay_is_exact(official: dict[str, Any]):
+def test_layer_decay_is_exactly_the_official_one(official: dict[str, Any]):
     decay, is_vit = official["layer_decay"], official["encoder"] == "vit"
     exempt = ["cls_token", "pos_embed"] if is_vit else ["absolute_pos_embed", "mask_token"]
     if not is_vit:  # the keywords of the official fine-tuning do match
@@ -250,7 +250,7 @@ def test_layer_decay_is_exact(official: dict[str, Any]):
 
 
 @pytest.mark.parametrize("group", SCHEDULES["pretrain_param_groups"])
-def test_decay_groups_of_pre_training_are_exact(group: str, tmp_path: Path):
+def test_decay_groups_of_pre_training_are_exactly_the_official_ones(group: str, tmp_path: Path):
     """In the cases' sizes; the sane alternative exempts the tables too."""
     official = SCHEDULES["pretrain_param_groups"][group]
     layout = OfficialViTCheckpoint() if group.startswith("vit") else OfficialSwinCheckpoint()
