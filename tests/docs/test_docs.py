@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 import click
+import copy_recipes
 import pytest
 from clean_install import ROOT
+from copy_recipes import COMMAND, copied, shipped
 
 from mim_framework.commands.cli import main
 from mim_framework.recipe.draft import load_recipe
@@ -75,10 +77,25 @@ def test_every_relative_link_leads_somewhere():
             assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
 
 
-def test_every_shipped_recipe_validates_and_lies_in_the_recipes_folder():
+def test_every_shipped_recipe_validates():
     for recipe in Registry().recipes():
         assert load_recipe(recipe.path, [], Registry()).name
-        assert (ROOT / "recipes" / recipe.path.name).resolve() == recipe.path.resolve()
+
+
+def test_the_recipes_folder_holds_copies_of_the_shipped_recipes_and_nothing_else():
+    in_wheels, here = shipped(), copied()
+    differ = sorted(name for name in in_wheels.keys() | here.keys() if in_wheels.get(name) != here.get(name))
+    assert in_wheels
+    assert not differ, f"recipes/ differs from plugins/*/src/*/recipes in {differ}: edit the latter, then run {COMMAND}"
+    assert not [path.name for path in (ROOT / "recipes").iterdir() if path.is_symlink()]
+
+
+def test_copying_recipes_writes_what_is_shipped_and_removes_what_is_not(tmp_path, monkeypatch):
+    (tmp_path / "gone.yaml").write_text("name: gone\n")
+    (tmp_path / "mae.yaml").write_text("name: edited\n")
+    monkeypatch.setattr(copy_recipes, "FOLDER", tmp_path)
+    copy_recipes.main()
+    assert copied() == shipped()
 
 
 @pytest.mark.parametrize("name", PAPER_RECIPES)
