@@ -167,12 +167,17 @@ def test_the_launcher_passes_sigusr1_on_and_keeps_what_nohup_ignores(monkeypatch
     configs = []
     monkeypatch.setattr(launcher, "elastic_launch", lambda config, entrypoint: lambda *args: configs.append(config))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    launch([], nproc_per_node=2)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    passed_on = [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT]
+    before = {number: signal.getsignal(number) for number in passed_on}  # under nohup, or in the background, ignored
     try:
+        for number in passed_on:
+            signal.signal(number, signal.SIG_DFL)
+        launch([], nproc_per_node=2)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         launch([], nproc_per_node=2)
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     plain, under_nohup = (config.signals_to_handle.split(",") for config in configs)
     assert plain == ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"]
     assert under_nohup == ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"]
