@@ -39,7 +39,7 @@ from mim_framework.evaluate.knn import check_pool
 from mim_framework.nn.images import Renormalize
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
-from mim_framework.runtime.optim import Optimizer, assign
+from mim_framework.runtime.optim import Optimizer, assign, layers_above
 from mim_framework.runtime.teachers import Teachers, TeacherSection
 
 
@@ -84,7 +84,8 @@ def build_optimizers(recipe: Recipe, objective: Objective, total_batch_size: int
     """The recipe's optimizers by name, over the parameters of a built (and wrapped or sharded) objective.
 
     Raises:
-        RecipeError: naming the optimizer that cannot be made, or a parameter that has none or several.
+        RecipeError: naming the optimizer that cannot be made or an option of it that concerns no parameter, or a
+            parameter that has none or several.
     """
     sections = recipe.named_optimizers()
     where = "optim" if recipe.optimizers is None else "optimizers"
@@ -94,7 +95,8 @@ def build_optimizers(recipe: Recipe, objective: Objective, total_batch_size: int
         parameters = assign(sections, list(objective.named_parameters()))
         for name, section in sections.items():
             where = "optim" if recipe.optimizers is None else f"optimizers.{name}"
-            optimizers[name] = Optimizer(name, section, parameters[name], exempt, total_batch_size)
+            above = None if section.layer_decay is None else layers_above(objective)
+            optimizers[name] = Optimizer(name, section, parameters[name], exempt, total_batch_size, above)
     except ValueError as error:
         raise RecipeError(f"{recipe.location(where)}: {error}") from error
     return optimizers

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import timm
 import torch
 from pydantic import Field
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from mim_framework.base.section import Section
@@ -16,6 +18,9 @@ from mim_framework.contract.components import Encoder
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Latent
 from mim_framework.contract.specs import EncoderSpec, Specs
+
+CLASSIFIER = "classifier of the recipe"
+"""A name that no timm model knows."""
 
 
 class TimmEncoder(Encoder):
@@ -137,6 +142,22 @@ class TimmEncoder(Encoder):
         """What timm exempts."""
         named = getattr(self.model, "no_weight_decay", tuple)()
         return [f"model.{name}" for name in named]
+
+    @property
+    def num_layers(self) -> int:
+        """As many as timm tells apart in the model with its classifier: for a vision transformer, its depth + 2."""
+        return 1 + self._timm_layers()[CLASSIFIER]
+
+    def layer_of(self, name: str) -> int:
+        """timm's own layers, by the model's `group_matcher`; a projection is in the last, as a classifier is."""
+        layers = self._timm_layers()
+        return layers.get(name.removeprefix("model."), layers[CLASSIFIER])
+
+    def _timm_layers(self) -> dict[str, int]:
+        """The layer of every parameter by timm's name, and of a classifier, which the model itself lacks."""
+        named = [*self.model.named_parameters(), (CLASSIFIER, None)]
+        whole = SimpleNamespace(named_parameters=lambda: named)
+        return group_parameters(whole, self.model.group_matcher(coarse=False), reverse=True)
 
     def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent:
         features = self.model.forward_features(view)

@@ -6,7 +6,6 @@ encoder from `MaskTokenViT`: a name, defaults, and how the weights begin.
 
 from __future__ import annotations
 
-import re
 from typing import ClassVar, Literal
 
 import torch
@@ -201,10 +200,3 @@ class BEiTViT(MaskTokenViT):
         """Class token and absolute positions; the mask token does decay."""
         tables = (name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table"))
         return ("cls_token", "pos_embed", *(() if self.config.decay_bias_tables else tables))
-
-
-def vit_layer_id(name: str, depth: int) -> int:
-    """Layer id for fine-tuning of ids 0 to depth + 1; norms, head and a shared bias table have the last."""
-    if block := re.match(r"blocks\.(\d+)\.", name):
-        return int(block[1]) + 1
-    return 0 if name in ("cls_token", "mask_token", "pos_embed") or name.startswith("patch_embed") else depth + 1

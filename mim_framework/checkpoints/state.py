@@ -70,7 +70,10 @@ def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
-_SET_BY_RECIPE = {"lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize"}
+_SET_BY_RECIPE = {
+    *("lr", "weight_decay", "lr_scale", "decay_scale", "decay"),
+    *("foreach", "fused", "capturable", "differentiable", "maximize"),
+}
 """Entries of a parameter group that follow from the recipe, the step or the device."""
 
 

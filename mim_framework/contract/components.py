@@ -27,6 +27,9 @@ from mim_framework.contract.step import Step
 API_VERSION = "1"
 """Version of the plugin contract. A plugin module may set `requires_api = "1"`; another version is refused."""
 
+EMBEDDINGS = frozenset({"patch_embed", "pos_embed", "cls_token", "mask_token", "reg_token"})
+"""Names of what stands before the first block of an encoder."""
+
 
 class Component(nn.Module):
     """Base of the components that run in a training step.
@@ -119,6 +122,24 @@ class Encoder(Component):
     @abstractmethod
     def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent:
         """view (B, *shape of its spec) -> tokens, and what `ask` wants besides."""
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers `layer_of` tells apart: the embedding, every repeated block, and what follows them."""
+        return len(self.repeated_blocks()) + 2
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, by its name inside the encoder: the first learns slowest under `optim.layer_decay`.
+
+        0 for patch embedding, positions and tokens (`patch_embed`, `pos_embed`, `cls_token`, `mask_token`, `reg_token`
+        anywhere in the name), i + 1 inside block i of `repeated_blocks`, `num_layers - 1` for all else, such as the
+        last norm. An encoder with other names, or with layers between its blocks, overrides it.
+        """
+        paths = {id(module): path for path, module in self.named_modules()}
+        for number, block in enumerate(self.repeated_blocks()):
+            if name.startswith(f"{paths[id(block)]}."):
+                return number + 1
+        return self.num_layers - 1 if EMBEDDINGS.isdisjoint(name.split(".")) else 0
 
     def load_published(self) -> None:
         """Load the weights that options name and that somebody else has published.

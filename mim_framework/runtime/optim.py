@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
+from math import prod
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,7 +14,19 @@ from torch import nn
 from mim_framework.base.errors import did_you_mean
 from mim_framework.base.schedule import Curve, Schedule, extremes
 from mim_framework.base.section import Section
+from mim_framework.contract.components import Encoder
 from mim_framework.contract.step import Step
+
+
+class MultiplierSection(Section):
+    """Factors on the learning rate and the weight decay of some parameters."""
+
+    parameters: tuple[str, ...] = Field(min_length=1)
+    """Patterns of parameter names, for example `encoder.*.bias`; each must match one of this optimizer's."""
+    lr: float = Field(1.0, ge=0)
+    """Factor on the learning rate."""
+    weight_decay: float = Field(1.0, ge=0)
+    """Factor on the weight decay; what is exempt from decay stays so."""
 
 
 class OptimSection(Section):
@@ -55,6 +67,12 @@ class OptimSection(Section):
     """Term in the denominator of Adam-like optimizers; the optimizer's own by default, 1e-8 for adamw."""
     weight_decay: Schedule = 0.05
     """Decoupled weight decay; 1-D parameters, biases and what the components exempt do not decay."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Factor on the learning rate from one layer of the encoder to the one before it, for fine-tuning: a parameter of
+    layer i of n (`Encoder.layer_of`) has the rate times layer_decay ** (n - 1 - i), what is no encoder has 1."""
+    multipliers: tuple[MultiplierSection, ...] = ()
+    """Factors for parameters by name, for example `[{parameters: ["*.bias"], lr: 2.0, weight_decay: 0.0}]`. All that
+    match a parameter are multiplied, also with `layer_decay`; their order does not matter."""
     clip_grad_norm: float | None = Field(None, gt=0)
     """Largest total gradient norm; larger gradients are scaled down."""
     parameters: tuple[str, ...] = ("*",)
@@ -96,6 +114,18 @@ class OptimSection(Section):
             lag_steps=self.lag_steps,
         )
 
+    def factors(self, name: str, layers_above: int = 0) -> tuple[float, float]:
+        """Factors on the learning rate and on the weight decay of a parameter below so many layers of its encoder."""
+        matching = [each for each in self.multipliers if _matches(name, each.parameters)]
+        lr = prod(each.lr for each in matching)
+        if self.layer_decay is not None:
+            lr *= self.layer_decay**layers_above
+        return float(lr), float(prod(each.weight_decay for each in matching))
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
 
 def _has_end(shape: str) -> bool:
     return shape in ("cosine", "linear")
@@ -104,36 +134,51 @@ def _has_end(shape: str) -> bool:
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]],
     no_weight_decay: Iterable[str] = (),
-    lr_scale: Callable[[str], float] = lambda name: 1.0,
+    factors: Callable[[str], tuple[float, float]] = lambda name: (1.0, 1.0),
 ) -> list[dict[str, Any]]:
-    """Optimizer groups by decay and learning-rate scale, in order of first appearance.
+    """Optimizer groups by the factors on learning rate and weight decay, in order of first appearance.
 
     No decay for 1-D parameters, for names that end in `.bias` and for those listed. A group holds `params`, their
-    `names`, `decay` (bool) and `lr_scale`.
+    `names`, `lr_scale`, `decay_scale`, and `decay` (bool).
     """
     exempt = set(no_weight_decay)
-    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
-        decay = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
-        key = (decay, lr_scale(name))
-        group = groups.setdefault(key, {"params": [], "names": [], "decay": decay, "lr_scale": key[1]})
+        lr_scale, decay_scale = factors(name)
+        if parameter.ndim <= 1 or name.endswith(".bias") or name in exempt:
+            decay_scale = 0.0
+        scales = {"lr_scale": lr_scale, "decay_scale": decay_scale, "decay": decay_scale > 0}
+        group = groups.setdefault((lr_scale, decay_scale), {"params": [], "names": [], **scales})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
 
 
-def layer_decay_scale(layer_decay: float, layer_id: int, num_layers: int) -> float:
-    """Factor on the learning rate of a layer when fine-tuning: 1 for the last layer id, `num_layers` (BEiT, MAE)."""
-    return layer_decay ** (num_layers - layer_id)
+def layers_above(objective: nn.Module) -> dict[str, int]:
+    """How many layers of its encoder stand above each trainable parameter of one, by the parameter's full name.
 
+    An encoder speaks for all modules inside it, others included.
 
-def transformer_layer_id(name: str, depth: int) -> int:
-    """Layer id of a ViT parameter: 0 for embeddings and tokens, i + 1 for `blocks.i`, depth + 1 for the rest (MAE)."""
-    if block := re.match(r"blocks\.(\d+)\.", name):
-        return int(block[1]) + 1
-    return 0 if name.startswith(("patch_embed", "cls_token", "pos_embed", "mask_token")) else depth + 1
+    Raises:
+        ValueError: if an encoder names no blocks, or answers with a layer that it does not have.
+    """
+    above: dict[str, int] = {}
+    for path, encoder in objective.named_modules():
+        if not isinstance(encoder, Encoder):
+            continue
+        trainable = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+        num_layers = encoder.num_layers
+        if trainable and num_layers <= 2:
+            raise ValueError(f"layer_decay: encoder '{encoder.name}' has no layers, it names no `repeated_blocks`")
+        for name in trainable:
+            layer = encoder.layer_of(name)
+            if not 0 <= layer < num_layers:
+                text = f"layer_of('{name}') is {layer}, of {num_layers} layers"
+                raise ValueError(f"layer_decay: encoder '{encoder.name}' answers that {text}")
+            above.setdefault(f"{path}.{name}" if path else name, num_layers - 1 - layer)
+    return above
 
 
 class Optimizer:
@@ -146,16 +191,24 @@ class Optimizer:
         parameters: list[tuple[str, nn.Parameter]],
         no_weight_decay: Iterable[str],
         total_batch_size: int,
+        layers_above: Mapping[str, int] | None = None,
     ) -> None:
         """
+        Args:
+            layers_above: what the function of that name gives; needed with `layer_decay`.
+
         Raises:
-            ValueError: if there is no such optimizer, it does not take its arguments, or there are no parameters.
+            ValueError: if there is no such optimizer, it does not take its arguments, there are no parameters, or an
+                option concerns none of them.
         """
         if not parameters:
             raise ValueError(f"matches no trainable parameter (patterns: {', '.join(section.parameters)})")
+        above = layers_above or {}
+        _check_reach(section, [name for name, parameter in parameters if parameter.requires_grad], above)
         self.name, self.section = name, section
         self.lr_curve = section.lr_curve(total_batch_size)
-        groups = parameter_groups(parameters, no_weight_decay)
+        factors = lambda name: section.factors(name, above.get(name, 0))  # noqa: E731
+        groups = parameter_groups(parameters, no_weight_decay, factors)
         self.parameter_names = [name for group in groups for name in group["names"]]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = _create(section, groups, section.peak_lr(total_batch_size))
@@ -167,7 +220,7 @@ class Optimizer:
         weight_decay = step.value(self.section.weight_decay)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group["lr_scale"]
-            group["weight_decay"] = weight_decay if group["decay"] else 0.0
+            group["weight_decay"] = weight_decay * group["decay_scale"]
 
     def clip(self) -> torch.Tensor:
         """Clip the gradients if the recipe says so; returns their total norm before, a 0-dim tensor."""
@@ -182,6 +235,20 @@ class Optimizer:
 
     def step(self) -> None:
         self.optimizer.step()
+
+
+def _check_reach(section: OptimSection, names: list[str], layers_above: Mapping[str, int]) -> None:
+    """
+    Raises:
+        ValueError: if an option concerns no parameter.
+    """
+    if section.layer_decay is not None and layers_above.keys().isdisjoint(names):
+        raise ValueError(f"layer_decay {section.layer_decay:g} concerns no parameter: none belongs to an encoder")
+    for number, multiplier in enumerate(section.multipliers):
+        for pattern in multiplier.parameters:
+            if not any(fnmatch(name, pattern) for name in names):
+                near = did_you_mean(pattern, names) or f", the first are {', '.join(names[:3])}"
+                raise ValueError(f"multipliers.{number}: pattern '{pattern}' matches no parameter{near}")
 
 
 def _create(section: OptimSection, groups: list[dict[str, Any]], peak_lr: float) -> torch.optim.Optimizer:
@@ -224,9 +291,7 @@ def assign(
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
-        owners = [
-            key for key, section in sections.items() if any(fnmatch(name, pattern) for pattern in section.parameters)
-        ]
+        owners = [key for key, section in sections.items() if _matches(name, section.parameters)]
         if len(owners) != 1:
             found = f"{len(owners)} optimizers ({', '.join(owners)})" if owners else "no optimizer"
             raise ValueError(f"parameter '{name}' matches {found}; give each optimizer its own 'parameters' patterns")

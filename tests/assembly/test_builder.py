@@ -262,6 +262,14 @@ def test_the_preflight_refuses_what_only_a_batch_shows(tmp_path, changes, text):
         ({"optim": {"lr": 1, "options": {"x": 1}}}, "optim: 'adamw' cannot be made: TypeError"),
         ({"optim": {"lr": 1, "parameters": ["encoder.*"]}}, r"optim: parameter 'heads\..*' matches no optimizer"),
         (
+            {"optim": {"lr": 1, "layer_decay": 0.5}},
+            r"toy.yaml:\d+:\d+: optim: layer_decay: encoder 'toy' has no layers, it names no `repeated_blocks`",
+        ),
+        (
+            {"optim": {"lr": 1, "multipliers": [{"parameters": ["encoder.x"], "lr": 2}]}},
+            r"toy.yaml:\d+:\d+: optim: multipliers.0: pattern 'encoder.x' matches no parameter",
+        ),
+        (
             {"optim": None, "optimizers": {"all": {"lr": 1}, "none": {"lr": 1, "parameters": ["x"]}}},
             r"toy.yaml:\d+:\d+: optimizers.none: matches no trainable parameter \(patterns: x\)",
         ),

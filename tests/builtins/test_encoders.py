@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay
 from torch.nn.functional import linear
 
 from mim_framework.assembly.builder import build_model
@@ -161,3 +162,31 @@ def test_a_name_that_timm_does_not_know_is_refused_with_others():
     config = TimmEncoder.Config(model="vit_bsae")
     with pytest.raises(ValueError, match="timm knows no model 'vit_bsae'; for example .*vit_"):
         TimmEncoder(config, SPECS)
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_of_a_vision_transformer_are_timms_and_a_projection_is_in_the_last():
+    encoder = encoder_of(project=True)
+    layers = {"model.cls_token": 0, "model.pos_embed": 0, "model.patch_embed.proj.weight": 0,
+              "model.blocks.0.mlp.fc1.bias": 1, "model.blocks.1.norm1.weight": 2, "model.norm.weight": 2,
+              "projection.weight": 3}  # fmt: skip
+    assert layers.keys() <= dict(encoder.named_parameters()).keys()
+    assert {name: encoder.layer_of(name) for name in layers} == layers
+    assert encoder.num_layers == 4
+
+
+@pytest.mark.parametrize("model", ["test_vit", "test_resnet", "test_convnext"])
+def test_rates_by_layer_are_those_of_timms_own_function_for_the_model_with_its_classifier(model):
+    whole = timm.create_model(model)
+    names = {id(parameter): f"model.{name}" for name, parameter in whole.named_parameters()}
+    scales = {
+        names[id(parameter)]: group["lr_scale"]
+        for group in param_groups_layer_decay(whole, layer_decay=0.5)
+        for parameter in group["params"]
+    }
+    encoder = TimmEncoder(TimmEncoder.Config(model=model), SPECS)
+    ours = {name: 0.5 ** (encoder.num_layers - 1 - encoder.layer_of(name)) for name, _ in encoder.named_parameters()}
+    assert ours == {name: scales[name] for name in ours}
+    assert len(set(ours.values())) > 3

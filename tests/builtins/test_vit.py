@@ -151,3 +151,14 @@ def test_the_linear_decoder_can_normalise_and_begin_as_pytorch_does(images: Tens
     plain = LinearDecoder(LinearDecoder.Config(), specs)
     assert plain.head.bias.abs().max() == 0
     assert set(plain.state_dict()) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_layers_are_the_embedding_each_block_and_the_rest(options: dict):
+    encoder = make(**options)
+    first, last = {"patch_embed", "cls_token", "mask_token", "pos_embed"}, {"norm", "rel_pos_bias"}
+    assert encoder.num_layers == 4
+    for name, _ in encoder.named_parameters():
+        top, _, rest = name.partition(".")
+        layer = 0 if top in first else 3 if top in last else 1 + int(rest.split(".")[0])
+        assert encoder.layer_of(name) == layer, name

@@ -64,7 +64,15 @@ def test_the_numbers_of_a_group_are_saved_but_not_what_follows_from_the_recipe(t
     train(model, optimizers, range(2))
     numbers = state.scalars(optimizers)
     assert [numbers[f"main|group {group}|step"] for group in (0, 1)] == [2, 2]
-    assert not {path.rpartition("|")[2] for path in numbers} & {"lr", "weight_decay", "foreach", "fused"}
+    assert not {path.rpartition("|")[2] for path in numbers} & {
+        "lr",
+        "lr_scale",
+        "weight_decay",
+        "decay_scale",
+        "decay",
+        "foreach",
+        "fused",
+    }
 
 
 def test_state_that_cannot_be_saved_or_does_not_fit_is_named():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,14 +26,16 @@ from torch.nn.functional import layer_norm
 
 from mim_framework.assembly.builder import Model, build_model, exempt_names
 from mim_framework.base.schedule import Curve, epoch_of, value_at
-from mim_framework.contract.components import CheckpointFormat
+from mim_framework.contract.components import CheckpointFormat, Encoder
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Masked, Views
+from mim_framework.contract.specs import Specs, ViewSpec
 from mim_framework.contract.step import Step
+from mim_framework.contract.world import World
 from mim_framework.convert import import_checkpoint
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
-from mim_framework.runtime.optim import Optimizer, OptimSection, parameter_groups
+from mim_framework.runtime.optim import Optimizer, OptimSection, layers_above, parameter_groups
 
 COMMITTED = [*ROOT.glob("plugins/*/tests/parity/data"), ROOT / "tests" / "builtins" / "parity" / "data"]
 GIVEN = [Path(os.environ["MIM_PARITY_DIR"])] if os.environ.get("MIM_PARITY_DIR") else []
@@ -199,6 +201,58 @@ def check_known_decay_groups(case: Case, known: Mapping[str, bool], *, at_least:
     compared = known.keys() & ours.keys()
     assert len(compared) > at_least
     assert {name: ours[name] for name in compared} == {name: known[name] for name in compared}
+
+
+class FineTuning(nn.Module):
+    """An encoder with the norm and the classifier that follow it in official fine-tuning, under the names of these."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.fc_norm = nn.LayerNorm(encoder.spec.dim)
+        self.head = nn.Linear(encoder.spec.dim, 10)
+
+
+def small_encoder(cls: type[Encoder], **options: Any) -> Encoder:
+    """On images of 32 pixels in patches of 4."""
+    return cls(cls.Config(patch_size=4, **options), Specs(views={"x": ViewSpec("x", (3, 32, 32))}))
+
+
+def fine_tuning_rules(encoder: Encoder, official: Mapping[str, Any], **optim: Any) -> dict[str, tuple[float, float]]:
+    """(learning rate, weight decay) of every parameter, at epoch 1.25 of 4; a constant rate of 1 unless told.
+
+    By the name inside the encoder.
+    """
+    defaults = {"lr": 1.0, "shape": "constant"} | {key: official[key] for key in ("layer_decay", "weight_decay")}
+    section, model = OptimSection(**{**defaults, **optim}), FineTuning(encoder)
+    parameters, exempt = list(model.named_parameters()), exempt_names(model)
+    optimizer = Optimizer("main", section, parameters, exempt, 1, layers_above(model))
+    optimizer.schedule(Step(0, 1, 1.25, 4, torch.arange(1), 0, World()))
+    return {
+        name.removeprefix("encoder."): (group["lr"], group["weight_decay"])
+        for group in optimizer.optimizer.param_groups
+        for name in group["names"]
+    }
+
+
+def check_rules(
+    ours: Mapping[str, tuple[float, float]],
+    official: Mapping[str, Any],
+    *,
+    rate: str = "lr_scale",
+    rename: Callable[[str], str] = lambda name: name,
+    only_official: Collection[str] = (),
+) -> None:
+    """Rate and decay are those of all official `keys` but of `only_official`, which are no parameters of ours.
+
+    Ours may have a mask token besides, and the norm of the other kind of pooling.
+    """
+    wanted = {rename(name): (key[rate], key["weight_decay"]) for name, key in official["keys"].items()}
+    assert wanted.keys() - ours.keys() == set(only_official)
+    assert {name: ours[name] for name in wanted.keys() & ours.keys()} == {
+        name: wanted[name] for name in wanted.keys() & ours.keys()
+    }
+    assert {name.split(".")[0] for name in ours.keys() - wanted.keys()} <= {"mask_token", "norm", "fc_norm"}
 
 
 def curve_per_iteration(curve: Curve | float, setting: Mapping[str, Any]) -> list[float]:

@@ -7,14 +7,15 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from mim_framework.contract.components import Encoder
+from mim_framework.contract.specs import Specs
 from mim_framework.contract.step import Step
 from mim_framework.runtime.optim import (
     Optimizer,
     OptimSection,
     assign,
-    layer_decay_scale,
+    layers_above,
     parameter_groups,
-    transformer_layer_id,
 )
 
 
@@ -164,10 +165,124 @@ def test_every_parameter_needs_exactly_one_optimizer():
         Optimizer("d", OptimSection(lr=1, parameters=["x", "y"]), [], [], 1)
 
 
-def test_layer_decay_of_a_transformer():
-    assert [
-        transformer_layer_id(name, 4) for name in ("cls_token", "patch_embed.proj.bias", "blocks.0.x", "blocks.3.y")
-    ] == [0, 0, 1, 4]
-    assert transformer_layer_id("fc_norm.weight", 4) == 5
-    assert layer_decay_scale(0.5, 5, 5) == 1.0
-    assert layer_decay_scale(0.5, 3, 5) == 0.25
+# --- layer decay -----------------------------------------------------------------------------------------------------
+
+
+class Blocks(Encoder):
+    """Two blocks behind an embedding, with a norm at the end and a table that all blocks share."""
+
+    name = "blocks"
+
+    def __init__(self, num_blocks: int = 2) -> None:
+        super().__init__(self.Config(), Specs())
+        self.patch_embed = nn.Linear(2, 2)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 2))
+        self.table = nn.Parameter(torch.zeros(2, 2))
+        self.inner = nn.ModuleDict({"stages": nn.ModuleList(nn.Linear(2, 2) for _ in range(num_blocks))})
+        self.norm = nn.LayerNorm(2)
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        return list(self.inner["stages"])
+
+    def forward(self, view, mask, ask=None):
+        raise NotImplementedError
+
+
+def with_head(encoder: Encoder) -> nn.Module:
+    return nn.ModuleDict({"encoder": encoder, "head": nn.Linear(2, 2)})
+
+
+def test_layers_of_an_encoder_follow_its_repeated_blocks():
+    encoder = Blocks()
+    assert encoder.num_layers == 4
+    assert {name: encoder.layer_of(name) for name, _ in encoder.named_parameters()} == {
+        "cls_token": 0, "patch_embed.weight": 0, "patch_embed.bias": 0,
+        "inner.stages.0.weight": 1, "inner.stages.0.bias": 1, "inner.stages.1.weight": 2, "inner.stages.1.bias": 2,
+        "table": 3, "norm.weight": 3, "norm.bias": 3,
+    }  # fmt: skip
+    assert encoder.layer_of("swin.patch_embed.norm.weight") == encoder.layer_of("pos_embed") == 0
+    assert Blocks(11).layer_of("inner.stages.1.weight") == 2  # not block 10, whose name begins alike
+
+
+def rates_of(model: nn.Module, section: OptimSection, no_weight_decay: tuple[str, ...] = ()) -> dict[str, tuple]:
+    """Rate and decay of every parameter at the first step."""
+    above = layers_above(model) if section.layer_decay is not None else None
+    optimizer = Optimizer("main", section, named(model), no_weight_decay, 1, above)
+    optimizer.schedule(step_at(0.0))
+    return {
+        name: (group["lr"], group["weight_decay"])
+        for group in optimizer.optimizer.param_groups
+        for name in group["names"]
+    }
+
+
+def test_layer_decay_halves_the_rate_from_layer_to_layer_and_leaves_the_head_alone():
+    rates = rates_of(with_head(Blocks()), OptimSection(lr=8.0, layer_decay=0.5))
+    assert {name: rate for name, (rate, _) in rates.items() if not name.endswith("bias")} == {
+        "encoder.cls_token": 1.0, "encoder.patch_embed.weight": 1.0,
+        "encoder.inner.stages.0.weight": 2.0, "encoder.inner.stages.1.weight": 4.0,
+        "encoder.table": 8.0, "encoder.norm.weight": 8.0, "head.weight": 8.0,
+    }  # fmt: skip
+
+
+def test_a_layer_decay_of_one_changes_no_rate_and_no_group():
+    model = with_head(Blocks())
+    plain, one = (OptimSection(lr=0.1), OptimSection(lr=0.1, layer_decay=1.0))
+    assert rates_of(model, plain) == rates_of(model, one)
+    assert len(Optimizer("main", one, named(model), [], 1, layers_above(model)).optimizer.param_groups) == 2
+
+
+def test_a_layer_decay_that_concerns_nothing_is_refused():
+    with pytest.raises(ValueError, match="layer_decay 0.5 concerns no parameter: none belongs to an encoder"):
+        rates_of(nn.Linear(2, 2), OptimSection(lr=0.1, layer_decay=0.5))
+    with pytest.raises(ValueError, match="layer_decay: encoder 'blocks' has no layers, it names no `repeated_blocks`"):
+        layers_above(with_head(Blocks(0)))
+    for wrong in (0, 1.5):
+        with pytest.raises(ValidationError, match="layer_decay"):
+            OptimSection(lr=0.1, layer_decay=wrong)
+
+
+def test_an_encoder_that_answers_with_a_layer_it_does_not_have_is_named():
+    encoder = Blocks()
+    encoder.layer_of = lambda name: 4
+    with pytest.raises(ValueError, match=r"encoder 'blocks' answers that layer_of\('cls_token'\) is 4, of 4 layers"):
+        layers_above(with_head(encoder))
+
+
+def test_an_encoder_speaks_for_another_one_inside_it_and_a_frozen_one_is_not_asked():
+    outer, frozen = Blocks(), Blocks(0).requires_grad_(False)
+    outer.inner["stages"][0] = Blocks(1)
+    above = layers_above(nn.ModuleDict({"encoder": outer, "frozen": frozen}))
+    assert above["encoder.inner.stages.0.norm.weight"] == 2
+    assert not any(name.startswith("frozen") for name in above)
+
+
+# --- multipliers -----------------------------------------------------------------------------------------------------
+
+
+def test_all_multipliers_that_match_are_multiplied_also_with_the_layer_decay():
+    multipliers = [
+        {"parameters": ["encoder.*"], "lr": 2.0, "weight_decay": 0.5},
+        {"parameters": ["*.norm.*", "*stages.1.*"], "lr": 3.0, "weight_decay": 4.0},
+        {"parameters": ["head.weight"], "weight_decay": 0.0},
+    ]
+    section = OptimSection(lr=1.0, weight_decay=0.25, layer_decay=0.5, multipliers=multipliers)
+    rates = rates_of(with_head(Blocks()), section, ("encoder.table",))
+    assert rates["encoder.inner.stages.0.weight"] == (2.0 * 0.25, 0.125)
+    assert rates["encoder.inner.stages.1.weight"] == (6.0 * 0.5, 0.5)
+    assert rates["encoder.norm.weight"] == (6.0, 0.0)  # 1-D: whatever its factor, it does not decay
+    assert rates["encoder.table"] == (2.0, 0.0)  # and so with what the component exempts
+    assert (rates["head.weight"], rates["head.bias"]) == ((1.0, 0.0), (1.0, 0.0))
+
+
+def test_a_multiplier_that_matches_nothing_is_refused_with_a_near_name():
+    model = with_head(Blocks())
+    section = OptimSection(lr=1.0, multipliers=[{"parameters": ["head.*"]}, {"parameters": ["heads.weight"], "lr": 2}])
+    text = r"multipliers.1: pattern 'heads.weight' matches no parameter, did you mean 'head.weight'\?"
+    with pytest.raises(ValueError, match=text):
+        rates_of(model, section)
+    section = OptimSection(lr=1.0, multipliers=[{"parameters": ["#"], "lr": 2}])
+    with pytest.raises(ValueError, match="pattern '#' matches no parameter, the first are weight, bias$"):
+        rates_of(nn.Linear(2, 2), section)
+    with pytest.raises(ValidationError, match="lr"):
+        OptimSection(lr=1.0, multipliers=[{"parameters": ["*"], "lr": -1.0}])

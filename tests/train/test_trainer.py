@@ -159,6 +159,12 @@ def test_components_draw_pictures_beside_the_reconstructions(tmp_path):
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
+RULES = [
+    "optim.layer_decay=0.5",
+    'optim.multipliers=[{parameters: ["*.bias"], lr: 2.0}, {parameters: ["heads.*"], weight_decay: 0.5}]',
+    "encoder.depth=2",
+]
+
 
 def test_accumulation_and_ranks_give_the_same_losses_samples_crops_and_masks(tmp_path):
     def run_recorded(name: str, *overrides: str):
@@ -181,6 +187,16 @@ def test_accumulation_and_ranks_give_the_same_losses_samples_crops_and_masks(tmp
         for position, (image, hidden) in seen.items():
             assert torch.equal(image, others[position][0]), (name, position)
             assert torch.equal(hidden, others[position][1]), (name, position)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_rules_of_single_parameters_hold_on_two_ranks(tmp_path, mode):
+    plain = ["train.steps=5", "encoder.depth=2", "optim.type=momentum", "optim.lr=0.1"]  # Adam hides a gradient's scale
+    options = [*plain, *RULES]
+    whole = losses_of(run(tmp_path / "whole", *options))
+    run_ranks(lambda rank: run(tmp_path / mode, *options, f"train.distributed={mode}"))
+    assert losses_of(tmp_path / mode / "tiny") == pytest.approx(whole, rel=1e-6)
+    assert whole != pytest.approx(losses_of(run(tmp_path / "plain", *plain)), rel=1e-3)
 
 
 def test_a_total_batch_that_does_not_divide_is_refused_with_one_that_does(tmp_path):
@@ -209,7 +225,9 @@ def stopped_after(folder: Path, step: int, *overrides: str) -> Path:
     return folder / "tiny"
 
 
-@pytest.mark.parametrize("options", [[EMA], ["log.every_steps=4"], ["encoder.drop_path_rate=0.5", "encoder.depth=2"]])
+@pytest.mark.parametrize(
+    "options", [[EMA], ["log.every_steps=4"], ["encoder.drop_path_rate=0.5", "encoder.depth=2"], RULES]
+)
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, options):
     straight = run(tmp_path / "straight", *options)
     if "log.every_steps=4" in options:  # stop inside a window of the log

@@ -368,6 +368,17 @@ def test_layers_of_the_mvit_have_the_sizes_of_its_spec():
     assert torch.equal(encoder.final_norm(latent.layers[4]), latent.tokens)
 
 
+def test_the_mvits_blocks_are_counted_through_its_stages():
+    encoder = make_mvit(final_norm=True)
+    layers = {"mask_token": 0, "model.patch_embed.proj.weight": 0, "model.stages.0.blocks.0.mlp.fc1.bias": 1,
+              "model.stages.1.blocks.0.norm1.weight": 2, "model.stages.3.blocks.0.norm1.weight": 4,
+              "model.stages.3.blocks.1.norm1.weight": 5,
+              "model.norm.weight": 6}  # fmt: skip
+    assert layers.keys() <= dict(encoder.named_parameters()).keys()
+    assert {name: encoder.layer_of(name) for name in layers} == layers
+    assert encoder.num_layers == 7
+
+
 def test_every_parameter_of_the_mvit_gets_a_gradient_also_if_nothing_is_hidden():
     encoder = make_mvit()
     encoder(noise(1, 3, 32, 32), Mask.none(1, GRID)).tokens.square().mean().backward()

@@ -19,7 +19,6 @@ from mim_plugin_mixmim import (
     MixMasker,
     Stage,
     hide_smallest,
-    layer_id,
     load_encoder,
     merge_places,
     partner_rows,
@@ -757,15 +756,17 @@ def test_the_shipped_recipes_are_valid_and_have_the_official_rate():
     load_recipe("mixmim_quickstart", registry=registry)
 
 
-def test_layer_ids_of_fine_tuning_by_hand():
-    """Two stages of 1 and 2 blocks: ids 0 to 4, and nothing has the last one."""
-    ids = {
+def test_layers_of_fine_tuning_by_hand():
+    """Two stages of 1 and 2 blocks: layers 0 to 4, and nothing is in the last one."""
+    layers = {
         "patch_embed.proj.weight": 0,
         "layers.0.blocks.0.mlp.fc1.weight": 1,
         "layers.0.downsample.norm.weight": 2,
         "layers.1.blocks.0.norm1.bias": 2,
         "layers.1.blocks.1.norm1.bias": 3,
         "norm.weight": 3,
-        "head.weight": 3,
     }
-    assert {name: layer_id(name, (1, 2)) for name in ids} == ids
+    encoder = make_encoder(depths=(1, 2))
+    assert layers.keys() <= dict(encoder.named_parameters()).keys()
+    assert {name: encoder.layer_of(name) for name in layers} == layers
+    assert encoder.num_layers == 5

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from mim_plugin_simmim import SimMIMViT, SwinEncoder, SwinV2Encoder, swin_layer_id
+from mim_plugin_simmim import SimMIMViT, SwinEncoder, SwinV2Encoder
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from mim_framework import Ask, Encoder, Grid, Mask, Specs, ViewSpec
 from mim_framework.assembly.builder import build_model, exempt_names
 from mim_framework.assembly.preflight import make_step
-from mim_framework.builtins.vit import vit_layer_id
 from mim_framework.evaluate.reconstruct import reconstruct
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
@@ -287,19 +286,24 @@ def test_timms_own_exemptions_of_bias_tables_do_not_count(official: bool):
     assert found == {cls: names | (set() if official else tables[cls]) for cls, names in always.items()}
 
 
-def test_layer_ids_by_hand():
-    depths = (2, 2, 18, 2)
+def test_layers_by_hand():
+    """Two stages of 2 and 1 blocks, and a ViT of 2."""
     swin = {
-        "mask_token": 0, "patch_embed.norm.bias": 0, "layers.0.blocks.0.mlp.fc1.weight": 1,
-        "layers.0.downsample.reduction.weight": 2,  # with the last block of the stage that it ends
-        "layers.1.blocks.0.norm1.weight": 3, "layers.2.blocks.17.attn.qkv.weight": 22,
-        "layers.2.downsample.norm.bias": 22, "layers.3.blocks.1.norm2.bias": 24, "norm.weight": 25, "head.weight": 25,
-        "absolute_pos_embed": 25,  # the official quirk
+        "mask_token": 0, "swin.patch_embed.norm.bias": 0, "swin.layers.0.blocks.0.mlp.fc1.weight": 1,
+        "swin.layers.0.blocks.1.norm2.bias": 2,
+        "swin.layers.1.downsample.reduction.weight": 2,  # with the last block of the stage that it ends
+        "swin.layers.1.blocks.0.attn.qkv.weight": 3, "swin.norm.weight": 4,
+        "absolute_pos_embed": 4,  # the official quirk
     }  # fmt: skip
-    assert {name: swin_layer_id(name, depths) for name in swin} == swin
-    vit = {"cls_token": 0, "pos_embed": 0, "patch_embed.proj.bias": 0, "blocks.11.gamma_1": 12,
-           "rel_pos_bias.relative_position_bias_table": 13, "norm.bias": 13, "fc_norm.bias": 13}  # fmt: skip
-    assert {name: vit_layer_id(name, 12) for name in vit} == vit
+    for cls in (SwinEncoder, SwinV2Encoder):
+        encoder = make(cls, depths=(2, 1), num_heads=(1, 2), absolute_position=True)
+        assert swin.keys() <= dict(encoder.named_parameters()).keys()
+        assert {name: encoder.layer_of(name) for name in swin} == swin
+        assert encoder.num_layers == 5
+    vit = {"cls_token": 0, "mask_token": 0, "patch_embed.proj.bias": 0, "blocks.1.gamma_1": 2,
+           "rel_pos_bias.relative_position_bias_table": 3, "norm.bias": 3}  # fmt: skip
+    encoder = make(SimMIMViT, depth=2)
+    assert {name: encoder.layer_of(name) for name in vit} == vit
 
 
 # --- recipes and the whole model -------------------------------------------------------------------------------------

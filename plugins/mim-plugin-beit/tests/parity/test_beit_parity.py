@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mim_plugin_beit import BEiTEncoder
 from mim_plugin_beit.checkpoints import OfficialCheckpoint, our_name
 from parity.harness import (
     OUTPUT_TOLERANCE,
@@ -16,23 +17,25 @@ from parity.harness import (
     check_gradients,
     check_known_decay_groups,
     check_optimizer_steps,
+    check_rules,
     check_weights,
     curve_per_iteration,
+    fine_tuning_rules,
     imported_case,
     named,
     of_committed_cases,
     read,
     read_json,
     relative,
+    small_encoder,
     warmup_epochs,
 )
 from torch import nn
 
 from mim_framework.assembly.preflight import make_step
-from mim_framework.builtins.vit import vit_layer_id
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Masked
-from mim_framework.runtime.optim import OptimSection, layer_decay_scale, parameter_groups
+from mim_framework.runtime.optim import OptimSection
 
 CASES = cases("beit_*.safetensors")
 SCHEDULES = read_json("beit_schedule.json")
@@ -166,18 +169,12 @@ def test_decay_groups_of_pre_training_are_exactly_the_official_ones(case: Case):
 @pytest.mark.parametrize("number", range(len(LAYER_DECAY["cases"])))
 def test_layer_decay_is_exactly_the_official_one(number: int):
     official = LAYER_DECAY["cases"][number]
-    depth, exempt = official["depth"], {"cls_token", "pos_embed"}
-    if official["disable_weight_decay_on_rel_pos_bias"]:
-        exempt |= {name for name in official["keys"] if name.endswith("relative_position_bias_table")}
-    flat = ("bias", "gamma_1", "gamma_2")
-    parameters = {
-        name: nn.Parameter(torch.zeros(1) if name.endswith(flat) or "norm" in name else torch.zeros(1, 1))
-        for name in official["keys"]
-    }
-    scale = lambda name: layer_decay_scale(official["layer_decay"], vit_layer_id(name, depth), depth + 1)  # noqa: E731
-    ours = {
-        name: (group["lr_scale"], official["weight_decay"] if group["decay"] else 0.0)
-        for group in parameter_groups(parameters.items(), exempt, scale)
-        for name in group["names"]
-    }
-    assert ours == {name: (key["lr_scale"], key["weight_decay"]) for name, key in official["keys"].items()}
+    shared, per_block = official["use_shared_rel_pos_bias"], official["use_rel_pos_bias"]
+    encoder = small_encoder(
+        BEiTEncoder, embed_dim=16, num_heads=2, depth=official["depth"], layer_scale=official["init_values"],
+        position="learned", relative_bias="shared" if shared else "per_block" if per_block else "none",
+        decay_bias_tables=not official["disable_weight_decay_on_rel_pos_bias"],
+    )  # fmt: skip
+    check_rules(fine_tuning_rules(encoder, official), official)
+    layers = {name: key["layer_id"] for name, key in official["keys"].items()}
+    assert {name: encoder.layer_of(name) for name in layers} == layers

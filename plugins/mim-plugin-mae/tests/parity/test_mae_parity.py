@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from mim_plugin_mae import MAEEncoder
 from mim_plugin_mae.checkpoints import OfficialCheckpoint
 from parity.harness import (
     OUTPUT_TOLERANCE,
@@ -17,25 +18,28 @@ from parity.harness import (
     cases,
     check_gradients,
     check_optimizer_steps,
+    check_rules,
+    fine_tuning_rules,
     imported_case,
     named,
     of_committed_cases,
     read,
     read_json,
     relative,
+    small_encoder,
 )
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from mim_framework.assembly.builder import build_model, exempt_names
 from mim_framework.assembly.preflight import make_step
-from mim_framework.base.schedule import Curve, value_at
+from mim_framework.base.schedule import value_at
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Masked
 from mim_framework.nn.masking import mask_from_noise
 from mim_framework.nn.positions import sincos_position_table
 from mim_framework.registry.registry import Registry
-from mim_framework.runtime.optim import OptimSection, layer_decay_scale, parameter_groups, transformer_layer_id
+from mim_framework.runtime.optim import OptimSection, parameter_groups
 
 CASES = cases("mae_*.safetensors")
 
@@ -194,28 +198,16 @@ def test_decay_groups_of_pre_training_are_exactly_the_official_ones():
 
 @pytest.mark.parametrize("official", read_json("mae_layer_decay.json")["cases"])
 def test_layer_decay_is_exactly_the_official_one(official: dict[str, Any]):
-    depth, decay = official["depth"], official["layer_decay"]
-    curve = Curve(start=1e-3, end=1e-6, warmup_epochs=1)
-    parameters = {
-        name: nn.Parameter(torch.zeros(1) if name.endswith(".bias") or "norm" in name else torch.zeros(1, 1))
-        for name in official["keys"]
-    }
-    groups = parameter_groups(
-        parameters.items(),
-        no_weight_decay=["cls_token", "pos_embed"],
-        lr_scale=lambda name: layer_decay_scale(decay, transformer_layer_id(name, depth), depth + 1),
-    )
-    ours = {
-        name: {
-            "lr_scale": group["lr_scale"],
-            "weight_decay": official["weight_decay"] if group["decay"] else 0.0,
-            "lr_at_epoch_1.25": value_at(curve, 1.25, 4) * group["lr_scale"],
-            "layer_id": transformer_layer_id(name, depth),
-        }
-        for group in groups
-        for name in group["names"]
-    }
-    assert ours == official["keys"]
+    """Unlike pre-training, the official fine-tuning exempts the class token; its positions train, ours are fixed."""
+    encoder = small_encoder(MAEEncoder, embed_dim=16, num_heads=2, depth=official["depth"])
+    exempt_token = [{"parameters": ["encoder.cls_token"], "weight_decay": 0.0}]
+    ours = fine_tuning_rules(encoder, official, multipliers=exempt_token)
+    check_rules(ours, official, only_official={"pos_embed"})
+    schedule = {"lr": 1e-3, "min_lr": 1e-6, "warmup_epochs": 1, "shape": "cosine"}
+    ours = fine_tuning_rules(encoder, official, multipliers=exempt_token, **schedule)
+    check_rules(ours, official, rate="lr_at_epoch_1.25", only_official={"pos_embed"})
+    layers = {name: key["layer_id"] for name, key in official["keys"].items()}
+    assert {name: encoder.layer_of(name) for name in layers} == layers
 
 
 def test_position_table_has_the_column_in_its_first_half():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mim_plugin_maskfeat import MaskFeatViT
 from mim_plugin_maskfeat.checkpoints import MMPretrainCheckpoint, OfficialCheckpoint
 from mim_plugin_maskfeat.hog import gaussian_kernel, histogram_by_bins, hog, orientations
 from parity.harness import (
@@ -18,12 +19,15 @@ from parity.harness import (
     cases,
     check_gradients,
     check_optimizer_steps,
+    check_rules,
+    fine_tuning_rules,
     imported_case,
     named,
     of_committed_cases,
     read,
     read_json,
     relative,
+    small_encoder,
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -36,7 +40,7 @@ from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Latent, Masked
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
-from mim_framework.runtime.optim import OptimSection, layer_decay_scale, parameter_groups, transformer_layer_id
+from mim_framework.runtime.optim import OptimSection
 
 CASES = cases("maskfeat_*.safetensors") + cases("maskfeat-mm_*.safetensors")
 HOG_CASES = cases("hog_*.safetensors")
@@ -254,21 +258,6 @@ def test_the_recipe_has_the_official_rates():
 @pytest.mark.parametrize("index", [0, 1])
 def test_layer_decay_and_decay_groups_of_fine_tuning_are_exact(index: int):
     official = read_json("maskfeat_schedule.json")["finetune_layer_decay"]["cases"][index]
-    depth, decay = official["depth"], official["layer_decay"]
-    parameters = {
-        name: nn.Parameter(torch.zeros(1) if name.endswith(".bias") or "norm" in name else torch.zeros(1, 1))
-        for name in official["keys"]
-    }
-    groups = parameter_groups(
-        parameters.items(),
-        lr_scale=lambda name: layer_decay_scale(decay, transformer_layer_id(name, depth), depth + 1),
-    )
-    ours = {
-        name: {
-            "layer_decay": group["lr_scale"],
-            "weight_decay": official["weight_decay"] if group["decay"] else 0.0,
-        }
-        for group in groups
-        for name in group["names"]
-    }
-    assert ours == official["keys"]
+    encoder = small_encoder(MaskFeatViT, final_norm=True, embed_dim=16, num_heads=2, depth=official["depth"])
+    ours = fine_tuning_rules(encoder, official)
+    check_rules(ours, official, rate="layer_decay", rename=lambda name: name.replace("head.projection.", "head."))

@@ -355,6 +355,15 @@ class MixEncoder(Encoder):
     def repeated_blocks(self) -> list[nn.Module]:
         return [block for stage in self.layers for block in stage.blocks]
 
+    def layer_of(self, name: str) -> int:
+        """Nothing is in the last layer (official, util/lr_decay.py).
+
+        A merging layer goes with the first block after it, and the last norm with the last block.
+        """
+        if merging := re.match(r"layers\.(\d+)\.downsample\.", name):
+            return sum(self.config.depths[: int(merging[1]) + 1]) + 1
+        return min(super().layer_of(name), self.num_layers - 2)
+
     def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent:
         """view (B, C, H, W), mixed already if the mask says so -> tokens (B, N, D) on the grid of the last stage."""
         mask = mask.at(self.spec.grid)
@@ -473,21 +482,6 @@ def init_weights(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def layer_id(name: str, depths: Sequence[int]) -> int:
-    """Layer id for fine-tuning, of ids 0 to sum(depths) + 1; nothing has the last one (util/lr_decay.py).
-
-    Official: a merging layer goes with the first block of the stage that follows, and norm and head with the last
-    block, so that their rate is scaled down once too. The usual choice for the head is sum(depths) + 1, a scale of 1.
-    """
-    if name.startswith(("patch_embed.", "absolute_pos_embed")):
-        return 0
-    if block := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name):
-        return sum(depths[: int(block[1])]) + int(block[2]) + 1
-    if merging := re.match(r"layers\.(\d+)\.downsample\.", name):
-        return sum(depths[: int(merging[1]) + 1]) + 1
-    return sum(depths)
 
 
 @hookimpl

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from mim_plugin_mixmim import MixMasker, hide_smallest, layer_id
+from mim_plugin_mixmim import MixEncoder, MixMasker, hide_smallest
 from mim_plugin_mixmim.checkpoints import COMPUTED, OfficialCheckpoint
 from parity.harness import (
     OUTPUT_TOLERANCE,
@@ -19,12 +19,15 @@ from parity.harness import (
     cases,
     check_gradients,
     check_optimizer_steps,
+    check_rules,
+    fine_tuning_rules,
     imported_case,
     named,
     of_committed_cases,
     read,
     read_json,
     relative,
+    small_encoder,
 )
 from torch import Tensor, nn
 
@@ -34,7 +37,6 @@ from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Latent, Masked
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
-from mim_framework.runtime.optim import layer_decay_scale, parameter_groups
 
 CASES = cases("mixmim_*.safetensors")
 
@@ -212,24 +214,11 @@ def test_the_complementary_mask_has_the_same_loss(case: Case):
     "official", read_json("mixmim_layer_decay.json")["cases"], ids=lambda case: str(case["depths"])
 )
 def test_layer_decay_is_exactly_the_official_one(official: dict[str, Any]):
-    depths, decay = official["depths"], official["layer_decay"]
-    parameters = {
-        name: nn.Parameter(torch.zeros(1) if name.endswith(".bias") or "norm" in name else torch.zeros(1, 1))
-        for name in official["keys"]
-    }
-    groups = parameter_groups(
-        parameters.items(),
-        lr_scale=lambda name: layer_decay_scale(decay, layer_id(name, depths), sum(depths) + 1),
-    )
-    ours = {
-        name: {
-            "lr_scale": group["lr_scale"],
-            "weight_decay": official["weight_decay"] if group["decay"] else 0.0,
-        }
-        for group in groups
-        for name in group["names"]
-    }
-    assert ours == official["keys"]
+    """Officially the head is slowed once too, which a multiplier can say."""
+    sizes = {"depths": official["depths"], "num_heads": (1, 2, 4, 8), "window_size": (2, 2, 2, 1)}
+    encoder = small_encoder(MixEncoder, embed_dim=8, **sizes)
+    slow_head = [{"parameters": ["head.*"], "lr": official["layer_decay"]}]
+    check_rules(fine_tuning_rules(encoder, official, multipliers=slow_head), official)
 
 
 def test_the_schedule_is_that_of_mae():

@@ -200,6 +200,12 @@ class SwinEncoder(Encoder):
     def repeated_blocks(self) -> list[nn.Module]:
         return [block for stage in self.swin.layers for block in stage.blocks]
 
+    def layer_of(self, name: str) -> int:
+        """A merging layer goes with the last block before it. Official: absolute positions are in the last layer."""
+        if merging := re.match(r"swin\.layers\.(\d+)\.downsample\.", name):
+            return sum(self.config.depths[: int(merging[1])])
+        return super().layer_of(name)
+
     def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent:
         """view (B, C, H, W) -> tokens (B, N, D) on the grid of the last stage."""
         x = self.embed(view, mask.at(self.input_grid))
@@ -254,20 +260,6 @@ class SimMIMViT(BEiTViT):
 def position_weights(module: nn.Module) -> Iterator[str]:
     """Names of the parameters that encode relative positions."""
     return (name for name, _ in module.named_parameters() if any(key in name for key in POSITION_WEIGHTS))
-
-
-def swin_layer_id(name: str, depths: tuple[int, ...]) -> int:
-    """Layer id for fine-tuning of ids 0 to sum(depths) + 1, for official names.
-
-    A merging layer goes with the last block of the stage that it ends. Official: absolute positions get the last id.
-    """
-    if name == "mask_token" or name.startswith("patch_embed"):
-        return 0
-    if block := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name):
-        return sum(depths[: int(block[1])]) + int(block[2]) + 1
-    if merging := re.match(r"layers\.(\d+)\.downsample\.", name):
-        return sum(depths[: int(merging[1]) + 1])
-    return sum(depths) + 1
 
 
 @hookimpl

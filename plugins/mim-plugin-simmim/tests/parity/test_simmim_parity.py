@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from mim_plugin_simmim import SwinEncoder, swin_layer_id
+from mim_plugin_simmim import SimMIMViT, SwinEncoder
 from mim_plugin_simmim.checkpoints import OfficialSwinCheckpoint, OfficialViTCheckpoint, head_to_official
 from parity.harness import (
     GRADIENT_TOLERANCE,
@@ -16,13 +16,16 @@ from parity.harness import (
     cases,
     check_gradients,
     check_optimizer_steps,
+    check_rules,
     check_weights,
+    fine_tuning_rules,
     imported_case,
     named,
     of_committed_cases,
     read,
     read_json,
     relative,
+    small_encoder,
 )
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, pixel_shuffle
@@ -30,12 +33,11 @@ from torch.nn.functional import layer_norm, pixel_shuffle
 from mim_framework.assembly.builder import build_model, exempt_names
 from mim_framework.assembly.preflight import make_step
 from mim_framework.base.schedule import epoch_of, value_at
-from mim_framework.builtins.vit import vit_layer_id
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Masked
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
-from mim_framework.runtime.optim import OptimSection, layer_decay_scale, parameter_groups
+from mim_framework.runtime.optim import OptimSection, parameter_groups
 
 CASES = cases("simmim-*_*.safetensors")
 SCHEDULES = read_json("simmim_schedule.json")
@@ -224,29 +226,21 @@ def test_the_learning_rate_of_every_iteration_is_the_official_one(schedule: dict
 
 @pytest.mark.parametrize("official", SCHEDULES["finetune_layer_decay"], ids=lambda case: case["encoder"])
 def test_layer_decay_is_exactly_the_official_one(official: dict[str, Any]):
-    decay, is_vit = official["layer_decay"], official["encoder"] == "vit"
-    exempt = ["cls_token", "pos_embed"] if is_vit else ["absolute_pos_embed", "mask_token"]
-    if not is_vit:  # the keywords of the official fine-tuning do match
-        exempt += [name for name in official["keys"] if name.endswith("relative_position_bias_table")]
+    """The names of the official fine-tuning are those of its checkpoints without `encoder.`."""
+    if official["encoder"] == "vit":
+        layout = OfficialViTCheckpoint()
+        options = {"depth": official["depth"], "num_heads": 2, "relative_bias": "per_block", "position": "learned"}
+        encoder = small_encoder(SimMIMViT, embed_dim=16, **options)
+    else:
+        layout = OfficialSwinCheckpoint()
+        options = {"depths": official["depths"], "num_heads": (1, 2), "window_size": 4, "absolute_position": True}
+        encoder = small_encoder(SwinEncoder, embed_dim=16, decay_bias_tables=False, **options)
 
-    def scale(name: str) -> float:
-        if is_vit:
-            return layer_decay_scale(decay, vit_layer_id(name, official["depth"]), official["depth"] + 1)
-        depths = tuple(official["depths"])
-        return layer_decay_scale(decay, swin_layer_id(name, depths), sum(depths) + 1)
+    def our_name(name: str) -> str:
+        in_head = name.startswith(("head.", "fc_norm."))
+        return name if in_head else layout.our_name(f"encoder.{name}").removeprefix("encoder.")
 
-    one_dimensional = (".bias", "_bias", "gamma_1", "gamma_2")
-    parameters = {
-        name: nn.Parameter(torch.zeros(1) if name.endswith(one_dimensional) or "norm" in name else torch.zeros(1, 1))
-        for name in official["keys"]
-    }
-    groups = parameter_groups(parameters.items(), exempt, scale)
-    ours = {
-        name: (group["lr_scale"], official["weight_decay"] if group["decay"] else 0.0)
-        for group in groups
-        for name in group["names"]
-    }
-    assert ours == {name: (key["lr_scale"], key["weight_decay"]) for name, key in official["keys"].items()}
+    check_rules(fine_tuning_rules(encoder, official), official, rename=our_name)
 
 
 @pytest.mark.parametrize("group", SCHEDULES["pretrain_param_groups"])
