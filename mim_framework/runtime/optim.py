@@ -16,6 +16,7 @@ from mim_framework.base.schedule import Curve, Schedule, extremes
 from mim_framework.base.section import Section
 from mim_framework.contract.components import Encoder
 from mim_framework.contract.step import Step
+from mim_framework.runtime.sharding import local
 
 
 class MultiplierSection(Section):
@@ -75,6 +76,8 @@ class OptimSection(Section):
     match a parameter are multiplied, also with `layer_decay`; their order does not matter."""
     clip_grad_norm: float | None = Field(None, gt=0)
     """Largest total gradient norm; larger gradients are scaled down."""
+    clip_grad_norm_per_parameter: float | None = Field(None, gt=0)
+    """Largest gradient norm of a single parameter: each is scaled down by itself (DINO, iBOT)."""
     parameters: tuple[str, ...] = ("*",)
     """Patterns of parameter names, for example `masker.*`. With several optimizers each parameter needs exactly one."""
     options: dict[str, Any] = {}
@@ -88,6 +91,11 @@ class OptimSection(Section):
             raise ValueError(f"a {self.shape} schedule takes no 'min_lr', it does not move there")
         if min(extremes(self.weight_decay)) < 0:
             raise ValueError("'weight_decay' must not be negative")
+        if self.clip_grad_norm is not None and self.clip_grad_norm_per_parameter is not None:
+            raise ValueError(
+                "'clip_grad_norm' and 'clip_grad_norm_per_parameter' exclude each other; keep the second if the "
+                "official code clips every parameter by itself (DINO, iBOT), else the first"
+            )
         if own := sorted(self.options.keys() & {"lr", "weight_decay", "betas", "eps"}):
             raise ValueError(f"'{own[0]}' is a key of this section; write it here and not in 'options'")
         return self
@@ -227,14 +235,27 @@ class Optimizer:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if not gradients:  # torch would answer on the CPU
             return torch.zeros((), device=self.parameters[0].device)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = _norm(gradients)
         if self.section.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.section.clip_grad_norm, norm)
+        if self.section.clip_grad_norm_per_parameter is not None:
+            _clip_each(gradients, self.section.clip_grad_norm_per_parameter)
         return norm
 
     def step(self) -> None:
         self.optimizer.step()
+
+
+def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The common norm of gradients that may be sharded, whole on every rank."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def _clip_each(gradients: list[torch.Tensor], max_norm: float) -> None:
+    """As DINO's `clip_gradients`, without waiting for the device: a factor of 1 changes no bit."""
+    for gradient in gradients:
+        local(gradient).mul_((max_norm / (_norm([gradient]) + 1e-6)).clamp(max=1.0))
 
 
 def _check_reach(section: OptimSection, names: list[str], layers_above: Mapping[str, int]) -> None:

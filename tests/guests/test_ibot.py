@@ -57,6 +57,11 @@ class TestComponents(ComponentContract):
     plugin = "guest_ibot"
 
 
+def test_the_recipe_clips_every_parameter_by_itself():
+    optim = load_recipe("ibot_attmask", [], RegistryWith()).optim
+    assert (optim.clip_grad_norm, optim.clip_grad_norm_per_parameter) == (None, 3.0)
+
+
 @pytest.mark.slow
 class TestRecipes(RecipeContract):
     plugin = "guest_ibot"

@@ -10,6 +10,8 @@ from torch import nn
 from mim_framework.contract.components import Encoder
 from mim_framework.contract.specs import Specs
 from mim_framework.contract.step import Step
+from mim_framework.contract.world import World
+from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.optim import (
     Optimizer,
     OptimSection,
@@ -17,6 +19,8 @@ from mim_framework.runtime.optim import (
     layers_above,
     parameter_groups,
 )
+from mim_framework.runtime.sharding import gather_full, shard
+from mim_framework.testing import run_ranks
 
 
 def step_at(epoch: float, epochs: float = 10.0) -> Step:
@@ -286,3 +290,68 @@ def test_a_multiplier_that_matches_nothing_is_refused_with_a_near_name():
         rates_of(nn.Linear(2, 2), section)
     with pytest.raises(ValidationError, match="lr"):
         OptimSection(lr=1.0, multipliers=[{"parameters": ["*"], "lr": -1.0}])
+
+
+# --- clipping of each parameter --------------------------------------------------------------------------------------
+
+
+def clip_like_dino(gradients: list[torch.Tensor], clip: float) -> None:
+    """`clip_gradients` of DINO and iBOT (utils.py)."""
+    for gradient in gradients:
+        coefficient = clip / (gradient.norm(2) + 1e-6)
+        if coefficient < 1:
+            gradient.mul_(coefficient)
+
+
+def test_each_parameter_is_clipped_by_its_own_norm_and_the_common_norm_is_reported():
+    model = nn.Linear(2, 1)
+    model.weight.grad, model.bias.grad = torch.tensor([[3.0, 4.0]]), torch.tensor([12.0])
+    section = OptimSection(lr=1.0, clip_grad_norm_per_parameter=10.0)
+    assert float(Optimizer("main", section, named(model), [], 1).clip()) == 13.0
+    assert model.weight.grad.tolist() == [[3.0, 4.0]]  # its norm is 5
+    assert model.bias.grad.item() == pytest.approx(10.0, rel=1e-6)
+
+
+def test_clipping_of_each_parameter_is_that_of_dino_to_the_bit():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3), nn.Linear(3, 3))
+    for number, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.randn_like(parameter) * 0.3 ** (number - 2)
+    model[2].bias.grad = None  # a frozen last layer has none
+    expected = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    clip_like_dino(expected, 3.0)
+    section = OptimSection(lr=1.0, clip_grad_norm_per_parameter=3.0)
+    Optimizer("main", section, named(model), [], 1).clip()
+    ours = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert sorted({round(gradient.norm().item(), 4) == 3.0 for gradient in ours}) == [False, True]
+
+
+@pytest.mark.parametrize("option", ["clip_grad_norm", "clip_grad_norm_per_parameter"])
+def test_sharded_gradients_are_clipped_as_whole_ones(option):
+    def clipped(rank: int | None) -> tuple[float, list[float]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+        x = torch.randn(4, 3)
+        with process_group("cpu") as (_, device):
+            if rank is not None:
+                shard(model, list(model), device)
+            (30 * model(x)).square().mean().backward()
+            optimizer = Optimizer("main", OptimSection(lr=1.0, **{option: 0.5}), named(model), [], 1)
+            norm = optimizer.clip()
+            whole = gather_full({name: parameter.grad for name, parameter in named(model)}, World())
+            return norm.item(), torch.cat([gradient.flatten() for gradient in whole.values()]).tolist()
+
+    norm, gradients = clipped(None)
+    assert norm > 1
+    for sharded_norm, sharded in run_ranks(clipped):
+        assert sharded_norm == pytest.approx(norm, rel=1e-5)
+        assert sharded == pytest.approx(gradients, rel=1e-5, abs=1e-6)
+
+
+def test_one_way_of_clipping_at_a_time():
+    text = (
+        r"'clip_grad_norm' and 'clip_grad_norm_per_parameter' exclude each other; keep the second if .* \(DINO, iBOT\)"
+    )
+    with pytest.raises(ValidationError, match=text):
+        OptimSection(lr=0.1, clip_grad_norm=3.0, clip_grad_norm_per_parameter=3.0)

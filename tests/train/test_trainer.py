@@ -162,6 +162,7 @@ def test_components_draw_pictures_beside_the_reconstructions(tmp_path):
 RULES = [
     "optim.layer_decay=0.5",
     'optim.multipliers=[{parameters: ["*.bias"], lr: 2.0}, {parameters: ["heads.*"], weight_decay: 0.5}]',
+    "optim.clip_grad_norm_per_parameter=0.01",
     "encoder.depth=2",
 ]
 
