@@ -43,7 +43,7 @@ class LinearDecoder(Decoder):
         self.head = nn.Linear(specs.encoder.dim, specs.target.dim)
         if self.config.init != "torch":
             init_linear(self.head, ONE_STD if self.config.init == "trunc_normal_one_std" else FAR)
-        self.spec = PredSpec("probs" if specs.target.kind in ("ids", "probs") else "dense", specs.target.dim, self.grid)
+        self.spec = PredSpec.for_target(specs.target, self.grid)
 
     def forward(self, latent: Latent, mask: Mask) -> Pred:
         ids = mask.at(self.grid).ids_predict

@@ -167,3 +167,8 @@ class PredSpec:
     kind: Kind
     dim: int
     grid: Grid
+
+    @classmethod
+    def for_target(cls, target: TargetSpec, grid: Grid) -> PredSpec:
+        """What fits a target: logits over its classes if it has classes, else vectors of its size."""
+        return cls("probs" if target.kind in ("ids", "probs") else "dense", target.dim, grid)
