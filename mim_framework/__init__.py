@@ -1,12 +1,12 @@
 """MIM Framework: masked image modeling pre-training, assembled from plugins by a recipe.
 
-Importing this package is cheap: torch is imported when a name that needs it is first used.
+Importing this package is cheap: torch is imported when a name that needs it is first used. Plugins import from here,
+from `mim_framework.nn`, `mim_framework.layouts` and `mim_framework.testing`, and from nothing else.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from mim_framework.base.lazy import module_of_names, on_demand
 
 __version__ = "0.1.0"
 
@@ -14,7 +14,8 @@ _HOME = {
     "contract.hooks": ["hookimpl"],
     "base.section": ["Section"],
     "base.errors": ["MimError", "RecipeError", "PluginError", "DataError", "CheckpointError", "TrainingError"],
-    "base.schedule": ["Schedule", "Curve", "extremes"],
+    "base.schedule": ["Schedule", "Curve", "extremes", "value_at"],
+    "base.rng": ["random_bits", "uniform", "permutation"],
     "contract.records": ["Ask", "Latent", "Masked", "Pred", "Sample", "Views"],
     "contract.specs": ["EncoderSpec", "MaskerSpec", "PredSpec", "TargetSpec", "ViewSpec", "Specs"],
     "contract.mask": ["Grid", "Mask"],
@@ -24,6 +25,7 @@ _HOME = {
         "Parts", "Source", "Target", "ViewBuilder",
     ],
     "builtins.objectives": ["MaskedPrediction"],
+    "builtins.vit": ["ViTSizes", "MaskTokenViT", "BEiTViT"],
     "nn.images": ["Renormalize"],
     "nn.attention": ["attend"],
     "nn.masking": ["gather_tokens", "paste"],
@@ -32,18 +34,13 @@ _HOME = {
     "nn.positions": ["sincos_position_table"],
     "layouts.tables": ["unfold_to_places"],
     "base.precision": ["without_autocast"],
-    "data.decode": ["BrokenImage"],
-    "data.views": ["NUM_CROP_RANDOM", "ImageViews", "jitter_color", "random_resized_crop_box"],
+    "data.decode": ["BrokenImage", "Image", "Interpolation", "JpegBackend", "MAX_PIXELS", "PILLOW_MAX_PIXELS"],
+    "data.views": ["NUM_CROP_RANDOM", "ImageViews", "Share", "increasing", "jitter_color", "random_resized_crop_box"],
 }  # fmt: skip
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_MODULE_OF = module_of_names(_HOME)
 
 __all__ = ["__version__", *_MODULE_OF]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        return getattr(import_module(f"mim_framework.{_MODULE_OF[name]}"), name)
-    raise AttributeError(f"module 'mim_framework' has no attribute '{name}'")
+__getattr__ = on_demand(__name__, _MODULE_OF)
 
 
 def __dir__() -> list[str]:

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import mim_framework
-from mim_framework import testing
+from mim_framework import layouts, nn, testing
 from mim_framework.base.schedule import Curve
 from mim_framework.base.section import Choice
 from mim_framework.contract import hooks
@@ -39,6 +40,8 @@ HEADER = f"""\
 """
 GIVEN = {"contract.world": ["World"], "runtime.teachers": ["TeacherSession"], "train.run": ["Run"]}
 """Module -> classes that a plugin does not import to use: what steps and run events hand it."""
+PACKAGES = {"nn": nn, "layouts": layouts}
+"""Section of the file -> the package of plain functions and modules that it lists."""
 BOUNDS = {
     "gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "multiple of",
     "min_length": "length >=", "max_length": "length <=", "pattern": "like",
@@ -62,7 +65,22 @@ def surface() -> Surface:
     for name, value in testing_names().items():
         names |= described(name, value)
     events = {name: f"hook {signature(hook)}" for name, hook in vars(hooks).items() if name.startswith("mim_")}
-    return {"names": names, "hooks": events, "recipe": dict(recipe_keys(Recipe)), "options": options_of_builtins()}
+    plain = {section: names_of(package) for section, package in PACKAGES.items()}
+    return {
+        "names": names,
+        **plain,
+        "hooks": events,
+        "recipe": dict(recipe_keys(Recipe)),
+        "options": options_of_builtins(),
+    }
+
+
+def names_of(package: ModuleType) -> dict[str, str]:
+    """The names of a package and their members, as name -> what it is."""
+    found: dict[str, str] = {}
+    for name in package.__all__:
+        found |= described(name, getattr(package, name), package)
+    return found
 
 
 def testing_names() -> dict[str, Any]:
@@ -73,15 +91,15 @@ def testing_names() -> dict[str, Any]:
 # --- one name --------------------------------------------------------------------------------------------------------
 
 
-def described(name: str, value: Any) -> dict[str, str]:
-    """A public name and its members, as name -> what it is."""
+def described(name: str, value: Any, package: ModuleType = mim_framework) -> dict[str, str]:
+    """A public name of a package and its members, as name -> what it is."""
     if inspect.isclass(value):
         return {name: class_line(value), **{f"{name}.{member}": line for member, line in members(value)}}
     if inspect.isfunction(value):
         return {name: f"function {signature(value)}"}
     if _is_plain(value):
         return {name: f"constant {show(value)}"}
-    return {name: f"alias {_assigned(name)}"}
+    return {name: f"alias {_assigned(name, package)}"}
 
 
 def class_line(cls: type) -> str:
@@ -190,9 +208,9 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str | tuple | frozenset)
 
 
-def _assigned(name: str) -> str:
+def _assigned(name: str, package: ModuleType) -> str:
     """The right-hand side of the assignment that makes an alias."""
-    module = import_module(f"mim_framework.{mim_framework._MODULE_OF[name]}")
+    module = import_module(f"{package.__name__}.{package._MODULE_OF[name]}")
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
             return ast.unparse(node.value)

@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
-from make_public_names import GIVEN, OPERATORS, default_of, member_line, sections_in, show, signature, testing_names
+from make_public_names import (
+    GIVEN,
+    OPERATORS,
+    PACKAGES,
+    default_of,
+    member_line,
+    sections_in,
+    show,
+    signature,
+    testing_names,
+)
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -51,6 +61,8 @@ INDEX = """\
 | [Records](records.md) | what passes between the slots of a step, and what builders publish |
 | [Handed to plugins](handed.md) | what steps and events bring, and no plugin imports |
 | [Functions](functions.md) | tensor functions and constants to import |
+| [Plain modules](nn.md) | what `mim_framework.nn` has: attention, blocks, patches, positions, masks, first weights |
+| [Layouts](layouts.md) | what `mim_framework.layouts` has: weights of other code bases under the names of ours |
 | [Errors](errors.md) | what the command line prints without a traceback |
 | [Tests](testing.md) | help for the tests of plugins |
 | [Recipe](recipe.md) | every key of a recipe, with type, default and meaning |
@@ -60,8 +72,9 @@ INDEX = """\
 
 ## What is public
 
-Names that `mim_framework` exports (`mim_framework.__all__`) with their signatures and fields, hook specs, recipe keys,
-and the classes that hooks and steps hand to plugins. [public_names.txt](public_names.txt) lists them; a test compares
+Names that `mim_framework`, `mim_framework.nn`, `mim_framework.layouts` and `mim_framework.testing` export (`__all__` of
+each) with their signatures and fields, hook specs, recipe keys, and the classes that hooks and steps hand to plugins.
+[public_names.txt](public_names.txt) lists them; a test compares
 the list with the code, and the list is written only when the changelog names what has changed. Other names may change
 in any release.
 
@@ -88,6 +101,7 @@ def pages() -> dict[str, str]:
         "records.md": records_page(),
         "handed.md": handed_page(),
         "functions.md": functions_page(),
+        **{f"{section}.md": package_page(package, title) for section, (package, title) in plain_packages().items()},
         "errors.md": errors_page(),
         "testing.md": testing_page(),
         "recipe.md": recipe_page(Recipe),
@@ -95,6 +109,12 @@ def pages() -> dict[str, str]:
         "recipes.md": recipes_page(registry),
         "commands.md": commands_page(cli.main),
     }
+
+
+def plain_packages() -> dict[str, tuple[types.ModuleType, str]]:
+    """Section -> the package, and the title of its page."""
+    titles = {"nn": "Plain modules", "layouts": "Layouts"}
+    return {section: (package, titles[section]) for section, package in PACKAGES.items()}
 
 
 def joined(title: str, *blocks: str) -> str:
@@ -110,7 +130,7 @@ def markdown(docstring: str | None) -> str:
     blocks: list[str] = []
     for block in re.split(r"\n\s*\n", inspect.cleandoc((docstring or "").rstrip())):
         if section := re.match(r"(Args|Raises|Returns|Yields):\n", block):
-            entries = re.split(r"\n(?=\S)", inspect.cleandoc(block[section.end() :]))
+            entries = re.split(r"\n(?=\S)", textwrap.dedent(block[section.end() :]))
             items = (entry.partition(":") for entry in entries)
             listed = "\n".join(f"- `{name}`: {_unindented(text)}" for name, _, text in items)
             blocks.append(f"{section[1]}:\n\n{listed}")
@@ -164,13 +184,12 @@ def exported(page: str) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def documentation(name: str, value: Any) -> str:
+def documentation(name: str, value: Any, package: types.ModuleType = mim_framework) -> str:
     """The docstring of a class or function, or the text under an assignment."""
     if inspect.isclass(value) or inspect.isfunction(value):
         return value.__doc__ or ""
-    return texts_under(inspect.getsource(import_module(f"mim_framework.{mim_framework._MODULE_OF[name]}"))).get(
-        name, ""
-    )
+    module = import_module(f"{package.__name__}.{package._MODULE_OF[name]}")
+    return texts_under(inspect.getsource(module)).get(name, "")
 
 
 def texts_under(source: str) -> dict[str, str]:
@@ -186,11 +205,13 @@ def texts_under(source: str) -> dict[str, str]:
     return found
 
 
-def entry(name: str, value: Any) -> str:
-    """A public name with its documentation and its members."""
+def entry(name: str, value: Any, package: types.ModuleType = mim_framework) -> str:
+    """A public name of a package with its documentation and its members."""
     code = f"```python\n{name}{signature(value)}\n```" if inspect.isfunction(value) else ""
-    inside = members(value) if inspect.isclass(value) else ""
-    blocks = [f"## `{name}`", code, markdown(documentation(name, value)), inside]
+    inside = ""
+    if inspect.isclass(value):
+        inside = options(value) if issubclass(value, BaseModel) and value.model_fields else members(value)
+    blocks = [f"## `{name}`", code, markdown(documentation(name, value, package)), inside]
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -280,6 +301,15 @@ def functions_page() -> str:
     """Functions and constants."""
     names = [*exported("functional"), *exported("constants")]
     return joined("Functions and constants", *(entry(name, value) for name, value in names))
+
+
+def package_page(package: types.ModuleType, title: str) -> str:
+    """The names of a package, of those that `mim_framework` has too a list only."""
+    both = ", ".join(f"`{name}`" for name in package.__all__ if name in mim_framework.__all__)
+    own = [name for name in package.__all__ if name not in mim_framework.__all__]
+    text = f"Imported from `{package.__name__}`. So are, beside their place in `mim_framework`: {both}."
+    entries = (entry(name, getattr(package, name), package) for name in own)
+    return joined(title, markdown(package.__doc__), text, *entries)
 
 
 def errors_page() -> str:
@@ -484,11 +514,12 @@ def option_help(option: click.Option) -> str:
 
 def undocumented_names() -> Iterator[str]:
     """Public names and hooks without a docstring, and public methods and properties without one."""
-    for name in mim_framework._MODULE_OF:
-        value = getattr(mim_framework, name)
-        if not documentation(name, value):
-            yield name
-        yield from undocumented_members(value) if inspect.isclass(value) else ()
+    for package in (mim_framework, *PACKAGES.values()):
+        for name in package._MODULE_OF:
+            value = getattr(package, name)
+            if not documentation(name, value, package):
+                yield name
+            yield from undocumented_members(value) if inspect.isclass(value) else ()
     for module, names in GIVEN.items():
         for name in names:
             yield from undocumented_members(getattr(import_module(f"mim_framework.{module}"), name))

@@ -18,8 +18,10 @@ from mim_framework.contract.components import Encoder
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Latent
 from mim_framework.contract.specs import EncoderSpec, Specs
-from mim_framework.nn.blocks import NORM_EPS, Block
+from mim_framework.nn.attention import check_heads
+from mim_framework.nn.blocks import NORM_EPS, Block, drop_path_ramp, run_blocks
 from mim_framework.nn.init import FAR, ONE_STD, init_linear, rescale_by_depth, trunc_normal
+from mim_framework.nn.masking import put_mask_token
 from mim_framework.nn.patches import patch_grid
 from mim_framework.nn.positions import RelativePositionBias, sincos_position_table
 
@@ -66,8 +68,7 @@ class MaskTokenViT(Encoder):
         super().__init__(config, specs)
         view, c = specs.view("x"), self.config
         grid = patch_grid(view.img_size, c.patch_size)
-        if c.embed_dim % c.num_heads:
-            raise ValueError(f"embed_dim {c.embed_dim} is not a multiple of num_heads {c.num_heads}")
+        check_heads(c.embed_dim, c.num_heads)
 
         self.patch_embed = PatchEmbed(view.img_size, c.patch_size, view.in_chans, c.embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
@@ -75,14 +76,12 @@ class MaskTokenViT(Encoder):
         if c.position == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid.num_patches, c.embed_dim))
         elif c.position == "sincos":
-            table = torch.cat([torch.zeros(1, c.embed_dim), sincos_position_table(c.embed_dim, grid)])
-            self.register_buffer("pos_embed", table[None])
+            self.register_buffer("pos_embed", sincos_position_table(c.embed_dim, grid, num_prefix_tokens=1)[None])
         else:
             self.pos_embed = None
         self.rel_pos_bias = RelativePositionBias(grid, c.num_heads) if c.relative_bias == "shared" else None
-        rates = [c.drop_path_rate * i / max(1, c.depth - 1) for i in range(c.depth)]
         self.grid = grid
-        self.blocks = nn.ModuleList(self.new_block(rate) for rate in rates)
+        self.blocks = nn.ModuleList(self.new_block(rate) for rate in drop_path_ramp(c.drop_path_rate, c.depth))
         self.norm = nn.LayerNorm(c.embed_dim, eps=NORM_EPS) if c.final_norm else nn.Identity()
         self.init_weights()
 
@@ -142,29 +141,17 @@ class MaskTokenViT(Encoder):
         """view (B, C, H, W) -> tokens (B, N, D). Aux `position_bias` (1, heads, 1 + N, 1 + N) is that of all blocks."""
         x = self.embed(view, mask.at(self.spec.grid))
         shared_bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
-        layers, attn, qkvs = {}, {}, {}
-        for i, block in enumerate(self.blocks):
-            x, qkv = block(x, shared_bias, i in ask.qkv or i in ask.attn)
-            if i in ask.layers:
-                layers[i] = x
-            if i in ask.qkv:
-                qkvs[i] = qkv
-            if i in ask.attn:
-                q, k, _ = qkv
-                logits, bias = q @ k.mT * block.attn.scale, block.attn.bias(shared_bias)
-                attn[i] = (logits if bias is None else logits + bias).softmax(-1)
+        x, answers = run_blocks(self.blocks, x, ask, shared_bias)
         x = self.final_norm(x)
         aux = {"position_bias": shared_bias} if "position_bias" in ask.aux else {}
-        return Latent(x[:, 1:], self.spec.grid, prefix=x[:, :1], layers=layers, attn=attn, qkv=qkvs, aux=aux)
+        return Latent(x[:, 1:], self.spec.grid, prefix=x[:, :1], aux=aux, **answers)
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.norm(x)
 
     def embed(self, view: Tensor, mask: Mask) -> Tensor:
         """view (B, C, H, W) -> (B, 1 + N, D): class token and patches, hidden ones replaced, with positions."""
-        patches = self.patch_embed(view)
-        if mask.num_hidden != 0 or self.training:  # an unused mask token would stop distributed training
-            patches = torch.where(mask.hidden[..., None], self.mask_token, patches)
+        patches = put_mask_token(self.patch_embed(view), self.mask_token, mask, always=self.training)
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
 

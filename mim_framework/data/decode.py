@@ -32,7 +32,9 @@ from mim_framework.base.errors import DataError
 
 Cause = Literal["empty", "not_an_image", "truncated", "too_large", "unreadable", "unsupported"]
 JpegBackend = Literal["auto", "pillow", "torchcodec"]
+"""What decodes plain JPEGs; `auto` is the faster one that is installed."""
 Interpolation = Literal["bicubic", "bilinear", "lanczos"]
+"""Filters of a resize, always with antialiasing."""
 
 MAX_PIXELS = 64_000_000
 """Default limit on the pixels of one image: above every camera in common use, below what exhausts a data worker."""

@@ -126,12 +126,18 @@ def resized_center_crop(image: Image, img_size: int, interpolation: Interpolatio
 
 
 def increasing(interval: tuple[float, float]) -> tuple[float, float]:
+    """The interval itself; for options that are one.
+
+    Raises:
+        ValueError: if its first number is the larger.
+    """
     if interval[0] > interval[1]:
         raise ValueError(f"must be [smallest, largest], got {list(interval)}")
     return interval
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
+"""Option: above 0 and at most 1."""
 Positive = Annotated[float, Field(gt=0)]
 
 

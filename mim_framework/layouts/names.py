@@ -32,9 +32,9 @@ def renamed(state: Mapping[str, Tensor], renames: Renames, leave_out: str | tupl
     return found
 
 
-def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under a prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+def part_of(state: Mapping[str, Tensor], prefix: str, new_prefix: str = "") -> dict[str, Tensor]:
+    """The tensors under a prefix, which is left out or replaced."""
+    return {new_prefix + name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)}
 
 
 def depth_of(names: Iterable[str], blocks: str = "blocks") -> int:
@@ -55,10 +55,16 @@ class ReadByOfficialNames:
         return renamed(state, self.renames)
 
     def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        """The recipe that the official layout gives."""
         return super().to_recipe(self.official(state))  # type: ignore[misc]
 
     def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors by our names, through the official ones."""
         return super().import_state(self.official(state))  # type: ignore[misc]
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """
+        Raises:
+            ValueError: always; the official layout is the one to write.
+        """
         raise ValueError("it can be read only; use 'official'")

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from mim_framework.nn.blocks import Block
 
-ONE_STD, FAR = 0.02, 2.0
-"""Where normal weights of 0.02 are cut: at one standard deviation, as officially in pre-training of SimMIM and BEiT, or
-so far out that it makes no difference, as by default in timm and torch."""
+ONE_STD = 0.02
+"""Normal weights of 0.02 are cut at one standard deviation, as officially in pre-training of SimMIM and BEiT."""
+FAR = 2.0
+"""Normal weights of 0.02 are cut so far out that it makes no difference, as by default in timm and torch."""
 
 
 def trunc_normal(tensor: Tensor, cut: float = FAR) -> None:
@@ -25,6 +26,14 @@ def init_linear(layer: nn.Linear | nn.Conv2d, cut: float = FAR) -> None:
     trunc_normal(layer.weight, cut)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def xavier_if_linear(module: nn.Module) -> None:
+    """For `module.apply`: Xavier-uniform weights and zero biases of linear layers, fused ones as one (MAE, MixMIM)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mim_framework.contract.mask import Grid, Mask
@@ -20,9 +21,27 @@ def paste(values: Tensor, ids: Tensor | None, onto: Tensor, mask: Mask) -> Tenso
     return values.where(mask.where[..., None].bool(), onto)
 
 
+def put_mask_token(tokens: Tensor, mask_token: Tensor, mask: Mask, *, always: bool = False) -> Tensor:
+    """tokens (B, N, D) or (B, h, w, D), of the grid of `mask`, with `mask_token` (1, 1, D) wherever it hides.
+
+    Args:
+        always: also where the mask is known to hide nothing, as in training: a parameter that is unused once would stop
+            distributed training.
+    """
+    if mask.num_hidden == 0 and not always:
+        return tokens
+    return torch.where(mask.hidden.unflatten(1, tokens.shape[1:-1])[..., None], mask_token, tokens)
+
+
 def mask_from_noise(noise: Tensor, num_keep: int, grid: Grid) -> Mask:
     """noise (B, N): in every row the `num_keep` smallest stay visible, in ascending order (MAE, appendix A.1)."""
     return Mask.from_shuffle(noise.argsort(dim=1, stable=True), num_keep, grid)
+
+
+def hide_smallest(noise: Tensor, num_hidden: int) -> Tensor:
+    """noise (B, N) -> bool (B, N): the smallest are hidden (MixMIM), unlike MAE's, which are kept."""
+    order = noise.argsort(dim=1, stable=True)
+    return torch.zeros_like(noise, dtype=torch.bool).scatter_(1, order[:, :num_hidden], True)
 
 
 def cell_grid(specs: Specs, mask_patch_size: int | None) -> tuple[int, Grid]:

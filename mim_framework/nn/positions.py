@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from mim_framework.contract.mask import Grid
 
 
-def sincos_position_table(dim: int, grid: Grid, *, row_first: bool = False) -> Tensor:
-    """Fixed 2-D sin-cos positions (N, dim) float32, angles in float64, in the order of MAE's `util/pos_embed.py`.
+def sincos_position_table(dim: int, grid: Grid, *, row_first: bool = False, num_prefix_tokens: int = 0) -> Tensor:
+    """Fixed 2-D sin-cos positions (prefix + N, dim) float32, zeros for the prefix, as in MAE's `util/pos_embed.py`.
 
     The first half of the channels encodes the column, the second half the row; within a half all sines come first.
-    `row_first` exchanges the halves, as mmpretrain has them.
+    Angles are in float64. `row_first` exchanges the halves, as mmpretrain has them.
 
     Raises:
         ValueError: if `dim` is not a multiple of 4.
@@ -28,7 +28,7 @@ def sincos_position_table(dim: int, grid: Grid, *, row_first: bool = False) -> T
     for coordinate in (row, column) if row_first else (column, row):
         angles = coordinate.reshape(-1, 1) * frequencies
         halves += [angles.sin(), angles.cos()]
-    return torch.cat(halves, dim=1).float()
+    return torch.cat([torch.zeros(num_prefix_tokens, dim), torch.cat(halves, dim=1).float()])
 
 
 def relative_position_index(grid: Grid) -> Tensor:
@@ -64,9 +64,9 @@ class RelativePositionBias(nn.Module):
 
     def forward(self) -> Tensor:
         """(1, heads, T, T)"""
-        return look_up(self.relative_position_bias_table, self.relative_position_index)
+        return look_up_bias(self.relative_position_bias_table, self.relative_position_index)
 
 
-def look_up(table: Tensor, index: Tensor) -> Tensor:
+def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
     """table (rows, heads), index (T, T) -> biases (1, heads, T, T)."""
     return table.t()[:, index.flatten()].unflatten(1, index.shape)[None]

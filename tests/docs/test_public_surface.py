@@ -12,7 +12,7 @@ from make_public_names import CHANGELOG, COMMAND, PAGE, changes, described, main
 from pydantic import Field
 
 import mim_framework
-from mim_framework import Mask, Section
+from mim_framework import Mask, Section, layouts, nn
 from mim_framework.contract import mask, records, specs, step
 from mim_framework.registry.static_reader import HOOKS
 
@@ -27,6 +27,8 @@ def test_the_file_of_public_names_is_what_the_code_offers():
 def test_every_exported_name_every_record_and_every_hook_is_listed():
     listed = read(PAGE.read_text())
     assert set(mim_framework.__all__) - {"__version__"} <= listed["names"].keys()
+    for package in (nn, layouts):
+        assert set(package.__all__) <= listed[package.__name__.rpartition(".")[2]].keys()
     for module in (mask, records, specs, step):
         own = {name: value for name, value in vars(module).items() if dataclasses.is_dataclass(value)}
         public = {name for name, value in own.items() if name[0] != "_" and value.__module__ == module.__name__}
@@ -168,7 +170,7 @@ def test_the_command_refuses_to_write_until_the_changelog_names_the_change(tmp_p
 
 def test_without_the_file_every_name_is_new(tmp_path: Path, capsys):
     assert main(tmp_path / "public_names.txt", CHANGELOG) == 1
-    assert "  Renormalize: new\n" in capsys.readouterr().out
+    assert "  API_VERSION: new\n" in capsys.readouterr().out
 
 
 def test_what_plugins_are_handed_is_listed_too():

@@ -23,3 +23,9 @@ def test_position_table_encodes_the_column_first():
 def test_position_table_refuses_odd_widths():
     with pytest.raises(ValueError, match="multiple of 4, got 6"):
         sincos_position_table(6, Grid((2, 2)))
+
+
+def test_positions_of_prefix_tokens_are_zero():
+    table = sincos_position_table(8, Grid((2, 3)), num_prefix_tokens=2)
+    assert torch.equal(table[:2], torch.zeros(2, 8))
+    assert torch.equal(table[2:], sincos_position_table(8, Grid((2, 3))))

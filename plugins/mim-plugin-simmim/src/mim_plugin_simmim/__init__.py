@@ -20,7 +20,7 @@ from torch.nn.functional import linear, normalize
 
 from mim_framework import Ask, Encoder, EncoderSpec, Grid, Latent, Mask, Section, Specs, attend, hookimpl
 from mim_framework.builtins.vit import BEiTViT
-from mim_framework.nn.positions import look_up
+from mim_framework.nn.positions import look_up_bias
 from mim_plugin_simmim.checkpoints import (
     MMPretrainSwinCheckpoint,
     OfficialSwinCheckpoint,
@@ -39,7 +39,7 @@ class WindowAttention(swin_transformer.WindowAttention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (images * windows, T, D), mask (windows, T, T) to add to the logits -> (images * windows, T, D)."""
         q, k, v = split_heads(self.qkv(x), self.num_heads)
-        bias = look_up(self.relative_position_bias_table, self.relative_position_index)
+        bias = look_up_bias(self.relative_position_bias_table, self.relative_position_index)
         return self.proj(attend(q, k, v, with_mask(bias, mask, len(x))).transpose(1, 2).flatten(2))
 
 
@@ -56,7 +56,7 @@ class WindowAttentionV2(swin_transformer_v2.WindowAttention):
             # Official: 16 * sigmoid(table), which is 8 * tanh(table / 2) and a constant that no softmax sees. Around
             # zero bfloat16 is finer than around 8.
             table = 8 * (self.cpb_mlp(self.relative_coords_table).flatten(0, 2) / 2).tanh()
-        bias = look_up(table, self.relative_position_index)
+        bias = look_up_bias(table, self.relative_position_index)
         return self.proj(attend(q, k, v, with_mask(bias, mask, len(x))).transpose(1, 2).flatten(2))
 
 
