@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mim_plugin_mae import EncoderBlock, LastBlock, MAEDecoder, MAEEncoder, attend
+from mim_plugin_mae import MAEDecoder, MAEEncoder
 from mim_plugin_mae.checkpoints import MMPretrainCheckpoint, OfficialCheckpoint, TimmCheckpoint
-from timm.models.vision_transformer import Block
+from mim_plugin_mae.decoder import LastBlock
+from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from mim_framework import Ask, EncoderSpec, Grid, Latent, Mask, MaskerSpec, Specs, TargetSpec, ViewSpec, gather_tokens
 from mim_framework.builtins.losses import CrossEntropyLoss
-from mim_framework.nn.masking import mask_from_noise
+from mim_framework.nn import Block, attend, mask_from_noise
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 
@@ -158,7 +159,7 @@ def test_parameter_counts_are_the_published_ones(model: dict, in_total: int, in_
 
 def test_stochastic_depth_grows_linearly():
     encoder = make_encoder(depth=3, drop_path_rate=0.2)
-    assert [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.repeated_blocks()] == pytest.approx(
+    assert [getattr(block.drop_path, "drop_prob", 0.0) for block in encoder.repeated_blocks()] == pytest.approx(
         [0.0, 0.1, 0.2]
     )
 
@@ -202,8 +203,10 @@ def test_the_last_block_gives_the_wanted_tokens_of_the_whole_block_and_their_gra
 def test_our_blocks_are_timms():
     torch.manual_seed(0)
     ours = make_encoder().repeated_blocks()[0]
-    assert isinstance(ours, EncoderBlock)
-    timms = Block(32, 4, qkv_bias=True, norm_layer=lambda dim, **options: nn.LayerNorm(dim, eps=1e-6, **options))
+    assert isinstance(ours, Block)
+    timms = vision_transformer.Block(
+        32, 4, qkv_bias=True, norm_layer=lambda dim, **options: nn.LayerNorm(dim, eps=1e-6, **options)
+    )
     timms.load_state_dict(ours.state_dict())
     x = torch.randn(2, 5, 32)
     assert torch.allclose(ours(x)[0], timms(x), atol=1e-6)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from mim_plugin_mae import MMPretrainCheckpoint as MAECheckpoint
+from mim_plugin_mae.checkpoints import MMPretrainCheckpoint as MAECheckpoint
 from mim_plugin_mff import FusedPrediction, Fusion, MMPretrainCheckpoint, levels_of
 from safetensors.torch import load_file
 from tiny import RECIPE

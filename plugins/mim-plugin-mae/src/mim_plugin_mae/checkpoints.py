@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
-from mim_framework.layouts.names import INSIDE_BLOCKS, ReadByOfficialNames, depth_of, part_of
+from mim_framework.layouts import INSIDE_BLOCKS, ReadByOfficialNames, depth_of, part_of
 
 FIRST_MLP = "blocks.0.mlp.fc1.weight"
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
@@ -53,9 +53,7 @@ class OfficialCheckpoint(CheckpointFormat):
         """The encoder, and the decoder if the run has this one."""
         exported = encoder_state(state)
         if DECODER + "mask_token" in state:
-            exported |= {
-                name.removeprefix(DECODER): tensor for name, tensor in state.items() if name.startswith(DECODER)
-            }
+            exported |= part_of(state, DECODER)
         return exported
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mim_plugin_mae import MMPretrainCheckpoint as MAECheckpoint
+from mim_plugin_mae.checkpoints import MMPretrainCheckpoint as MAECheckpoint
 from torch import Tensor
 
 FUSION = "backbone.proj_"
