@@ -10,27 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from mim_plugin_mixmim import (
-    Attention,
-    Block,
-    JoiningBlock,
-    MixDecoder,
-    MixEncoder,
-    MixMasker,
-    Stage,
-    hide_smallest,
-    load_encoder,
-    merge_places,
-    partner_rows,
-    relative_position_bias,
-)
+from mim_plugin_mixmim import MixDecoder, MixEncoder, MixMasker, load_encoder
+from mim_plugin_mixmim.blocks import Attention, Block, Stage, merge_places, relative_position_bias
 from mim_plugin_mixmim.checkpoints import (
     MMPretrainCheckpoint,
     OfficialCheckpoint,
     SafetensorsCheckpoint,
+    index_of_window,
     places_first,
-    relative_position_index,
 )
+from mim_plugin_mixmim.decoder import JoiningBlock
+from mim_plugin_mixmim.masker import partner_rows
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,6 +32,7 @@ from mim_framework.contract.world import World
 from mim_framework.convert import import_checkpoint
 from mim_framework.data.order import BatchLayout
 from mim_framework.evaluate.reconstruct import reconstruct
+from mim_framework.nn import hide_smallest
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.testing import run_ranks
@@ -212,7 +203,7 @@ def test_masks_that_cannot_be_are_refused(options: dict, message: str):
 @pytest.mark.parametrize("window", [1, 2, 5])
 def test_biases_and_their_gradient_are_those_of_an_index(window: int):
     table = torch.randn((2 * window - 1) ** 2, 3, requires_grad=True)
-    index = relative_position_index(window)
+    index = index_of_window(window)
     by_index = table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)
     ours = relative_position_bias(table, window)
     assert torch.equal(ours, by_index)
@@ -223,7 +214,7 @@ def test_biases_and_their_gradient_are_those_of_an_index(window: int):
 
 def test_the_index_by_hand():
     """A window of 2: the query at the top left sees the key at the bottom right at offset (-1, -1), row 0."""
-    assert relative_position_index(2).tolist() == [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
+    assert index_of_window(2).tolist() == [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
 
 
 def test_windows_are_cut_and_put_together_by_hand():

@@ -10,11 +10,11 @@ import re
 from math import isqrt
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mim_framework import CheckpointFormat
-from mim_framework.layouts.names import INSIDE_BLOCKS, ReadByOfficialNames, renamed
+from mim_framework import CheckpointFormat, Grid
+from mim_framework.layouts import INSIDE_BLOCKS, ReadByOfficialNames, depth_of, part_of, renamed
+from mim_framework.nn import relative_position_index
 
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
 TABLE = ".relative_position_bias_table"
@@ -56,12 +56,10 @@ class OfficialCheckpoint(CheckpointFormat):
         """The encoder with the index buffers that official code expects, and the decoder if the run has this one."""
         exported = encoder_state(state)
         for name in [name for name in exported if name.endswith(TABLE)]:
-            index = relative_position_index(window_of(exported[name]))
+            index = index_of_window(window_of(exported[name]))
             exported[name.removesuffix(TABLE) + COMPUTED] = index
         if DECODER + "mask_token" in state:
-            exported |= {
-                name.removeprefix(DECODER): tensor for name, tensor in state.items() if name.startswith(DECODER)
-            }
+            exported |= part_of(state, DECODER)
         return exported
 
 
@@ -106,11 +104,9 @@ def places_first(tensor: Tensor) -> Tensor:
     return tensor.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3).contiguous()
 
 
-def relative_position_index(window: int) -> Tensor:
+def index_of_window(window: int) -> Tensor:
     """(w^2, w^2) int64: for a query (row) and a key (column), the row of the bias table (Swin)."""
-    row, column = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-    dy, dx = (each.flatten()[:, None] - each.flatten() + window - 1 for each in (row, column))
-    return dy * (2 * window - 1) + dx
+    return relative_position_index(Grid((window, window)))[1:, 1:].contiguous()  # without the class token
 
 
 def window_of(table: Tensor) -> int:
@@ -146,7 +142,7 @@ def decoder_options(state: dict[str, Tensor]) -> dict[str, Any]:
     embed_dim = state["mask_token"].shape[-1]
     return {
         "embed_dim": embed_dim,
-        "depth": len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")}),
+        "depth": depth_of(state, "decoder_blocks"),
         "num_heads": DECODER_HEADS_OF_WIDTH.get(embed_dim),
         "mlp_ratio": len(state["decoder_blocks.0.mlp.fc1.weight"]) / embed_dim,
     }
@@ -154,4 +150,4 @@ def decoder_options(state: dict[str, Tensor]) -> dict[str, Any]:
 
 def encoder_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The encoder of an objective's state under its official names."""
-    return {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
+    return part_of(state, ENCODER)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from mim_plugin_mixmim import MixEncoder, MixMasker, hide_smallest
+from mim_plugin_mixmim import MixEncoder, MixMasker
 from mim_plugin_mixmim.checkpoints import COMPUTED, OfficialCheckpoint
 from parity.harness import (
     OUTPUT_TOLERANCE,
@@ -35,6 +35,7 @@ from mim_framework.assembly.builder import build_model, exempt_names
 from mim_framework.assembly.preflight import make_step
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Latent, Masked
+from mim_framework.nn import hide_smallest
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 
