@@ -13,18 +13,21 @@ from typing import Any
 
 from torch import Tensor
 
-from mim_framework import CheckpointFormat, unfold_to_places
-from mim_framework.layouts.names import INSIDE_BLOCKS, ReadByOfficialNames, part_of, renamed
-from mim_framework.layouts.vit import to_timm_beit, vit_options
+from mim_framework import CheckpointFormat
+from mim_framework.layouts import (
+    INSIDE_BLOCKS,
+    ReadByOfficialNames,
+    part_of,
+    renamed,
+    to_timm_beit,
+    unfold_to_places,
+    vit_options,
+)
 
 ENCODER, HEAD = "encoder.", "heads.main.decoder.head."
 COMPUTED = ("relative_position_index", "attn_mask", "relative_coords_table")
 """Buffers in checkpoints that follow from the sizes."""
 IN_CHANS = 3
-
-
-def is_table(name: str) -> bool:
-    return name.endswith("relative_position_bias_table")
 
 
 def head_to_ours(tensor: Any) -> Any:
