@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
-from mim_framework.layouts.names import INSIDE_BLOCKS, depth_of, renamed
+from mim_framework.layouts import INSIDE_BLOCKS, depth_of, part_of, renamed
 
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
 HEAD_NAMES = {"pred_head.transforms.0.0.": "norm.", "pred_head.projections.0.": "head."}
@@ -50,7 +50,7 @@ class OfficialCheckpoint(CheckpointFormat):
         exported = encoder_state(state)
         if DECODER + "norm.weight" in state:
             for official, ours in HEAD_NAMES.items():
-                exported |= part(state, DECODER + ours, official)
+                exported |= part_of(state, DECODER + ours, official)
         return exported
 
 
@@ -75,7 +75,7 @@ class TimmCheckpoint(CheckpointFormat):
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         exported = encoder_state(state)
         del exported["mask_token"]
-        return part(state, DECODER + "norm.", "norm.") | exported
+        return part_of(state, DECODER + "norm.", "norm.") | exported
 
 
 class MViTTimmCheckpoint(TimmCheckpoint):
@@ -85,7 +85,7 @@ class MViTTimmCheckpoint(TimmCheckpoint):
     encoders = frozenset({"maskfeat_mvit"})
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return part(state, DECODER + "norm.", "norm.") | part(state, ENCODER + "model.")
+        return part_of(state, DECODER + "norm.", "norm.") | part_of(state, ENCODER + "model.")
 
 
 class MMPretrainCheckpoint(CheckpointFormat):
@@ -106,7 +106,7 @@ class MMPretrainCheckpoint(CheckpointFormat):
         return needed <= state.keys()
 
     def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
-        ours = part(self.import_state(state), ENCODER)
+        ours = part_of(self.import_state(state), ENCODER)
         encoder = {
             **encoder_options(ours),
             "final_norm": True,
@@ -163,13 +163,8 @@ def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: if it has options that the official architecture lacks.
     """
-    exported = part(state, ENCODER)
+    exported = part_of(state, ENCODER)
     other = ("rel_pos_bias", "relative_position_bias_table", "q_bias", "gamma_1")
     if "pos_embed" not in exported or any(name.endswith(other) for name in exported):
         raise ValueError("it holds no relative position biases, no layer scale, all biases and absolute positions")
     return exported
-
-
-def part(state: Mapping[str, Tensor], prefix: str, new_prefix: str = "") -> dict[str, Tensor]:
-    """The tensors whose names start with `prefix`, which is replaced."""
-    return {new_prefix + name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
