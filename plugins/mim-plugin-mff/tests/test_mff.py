@@ -12,7 +12,8 @@ import pytest
 import timm
 import torch
 from mim_plugin_mae.checkpoints import MMPretrainCheckpoint as MAECheckpoint
-from mim_plugin_mff import FusedPrediction, Fusion, MMPretrainCheckpoint, levels_of
+from mim_plugin_mff import FusedPrediction, MMPretrainCheckpoint
+from mim_plugin_mff.objective import Fusion, levels_of
 from safetensors.torch import load_file
 from tiny import RECIPE
 from torch import Tensor, nn

@@ -8,8 +8,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mim_framework import ImageViews, Sample, Section
-from mim_framework.data.decode import MAX_PIXELS, PILLOW_MAX_PIXELS, Image, Interpolation, JpegBackend
+from mim_framework import (
+    MAX_PIXELS,
+    PILLOW_MAX_PIXELS,
+    Image,
+    ImageViews,
+    Interpolation,
+    JpegBackend,
+    Sample,
+    Section,
+)
 
 MAX_ASPECT = 2
 """Images longer than this are cut down to about their crop before the resize, so that a panorama costs no more."""
