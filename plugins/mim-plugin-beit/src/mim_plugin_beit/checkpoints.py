@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
-from mim_framework.layouts.names import INSIDE_BLOCKS, ReadByOfficialNames, part_of, renamed
-from mim_framework.layouts.vit import to_timm_beit, vit_options
+from mim_framework.layouts import INSIDE_BLOCKS, ReadByOfficialNames, part_of, renamed, to_timm_beit, vit_options
 
 ENCODER, HEAD = "encoder.", "heads.main.decoder.head."
 MASK_RATIO = 0.3827

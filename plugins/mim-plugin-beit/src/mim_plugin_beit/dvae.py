@@ -44,9 +44,9 @@ from mim_framework import (
     perplexity,
     unpatchify,
     usage_picture,
+    value_at,
     without_autocast,
 )
-from mim_framework.base.schedule import value_at
 
 logger = logging.getLogger(__name__)
 

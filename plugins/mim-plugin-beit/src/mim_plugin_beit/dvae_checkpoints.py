@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
-from mim_framework.layouts.names import ReadByOfficialNames, depth_of, part_of
+from mim_framework.layouts import ReadByOfficialNames, depth_of, part_of
 
 PARTS = {"encoder": "encoder.blocks.", "decoder": "heads.main.decoder.blocks."}
 SUFFIXES = {".w": ".weight", ".b": ".bias"}

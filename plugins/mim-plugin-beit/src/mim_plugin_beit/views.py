@@ -7,12 +7,15 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from mim_framework import Sample, Step, Views, ViewSpec
-from mim_framework.data.decode import Interpolation
-from mim_framework.data.views import (
+from mim_framework import (
     NUM_CROP_RANDOM,
     ImageViews,
+    Interpolation,
+    Sample,
     Share,
+    Step,
+    Views,
+    ViewSpec,
     increasing,
     jitter_color,
     random_resized_crop_box,
