@@ -17,7 +17,6 @@ from torch.nn.functional import normalize, one_hot
 
 from mim_framework.assembly.preflight import make_step
 from mim_framework.contract.step import Step
-from mim_framework.contract.world import World
 from mim_framework.recipe.recipe import Recipe
 
 RIGHT, UP, LEFT = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
@@ -33,7 +32,7 @@ def see(book: EMACodebook, *vectors: list[float]) -> None:
     """One optimizer step whose only image has these vectors."""
     book(torch.tensor([vectors]))
     book.take()
-    book.update(World())
+    book.update(step_of(0))
 
 
 def step_of(*positions: int) -> Step:
@@ -112,7 +111,7 @@ def test_micro_batches_add_up_and_a_skipped_step_is_forgotten():
         parts(part)
     for book in (whole, parts):
         book.take()
-        book.update(World())
+        book.update(step_of(0))
     assert torch.allclose(parts.codes, whole.codes, atol=1e-7)
     assert parts.counts.sum() == 0
 
@@ -171,7 +170,7 @@ def test_a_code_that_was_not_used_for_long_becomes_a_vector_of_the_batch():
         book(vectors)
         book.keep_spares(vectors, step_of(7))
         book.take()
-        book.update(World())
+        book.update(step_of(0))
         assert (book.codes[1].tolist() == LEFT) == (done == 1)
     assert book.codes[1].tolist() in vectors[0].tolist()
     assert book.idle_steps.tolist() == [0, 0]
@@ -195,7 +194,7 @@ def test_replacements_do_not_depend_on_how_a_step_is_divided():
         parts.keep_spares(vectors[rows], step_of(*rows))
     for book in (whole, parts):
         book.take()
-        book.update(World())
+        book.update(step_of(0))
         assert len(nearest_codes(vectors.flatten(0, 1), book.codes).unique()) >= 7
     assert torch.equal(parts.codes[1:], whole.codes[1:])
 
@@ -206,7 +205,7 @@ def test_fewer_vectors_than_dead_codes_replace_as_many_as_there_are():
     book(vectors)
     book.keep_spares(vectors, step_of(0))
     book.take()
-    book.update(World())
+    book.update(step_of(0))
     assert sorted(map(tuple, book.codes[1:3].tolist())) == sorted(map(tuple, vectors[0].tolist()))
     assert book.codes[3].tolist() == pytest.approx([-0.8, -0.6])
     assert book.idle_steps.tolist() == [0, 0, 0, 1]

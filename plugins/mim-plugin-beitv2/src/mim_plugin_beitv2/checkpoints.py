@@ -12,8 +12,7 @@ from mim_plugin_beit import checkpoints as beit
 from torch import Tensor
 
 from mim_framework import CheckpointError, CheckpointFormat
-from mim_framework.layouts.names import INSIDE_BLOCKS, ReadByOfficialNames, part_of, renamed
-from mim_framework.layouts.vit import vit_options
+from mim_framework.layouts import INSIDE_BLOCKS, ReadByOfficialNames, part_of, renamed, vit_options
 
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
 OUR_PLACES = {

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mim_framework import Step, perplexity, without_autocast
-from mim_framework.base import rng
-from mim_framework.contract.world import World
+from mim_framework import Step, permutation, random_bits, uniform, without_autocast
+from mim_framework.nn import perplexity
 
 VECTORS_AT_ONCE = 4096
 """Vectors that are compared with all codes at a time: 128 MiB of similarities for 8192 codes."""
@@ -60,9 +59,9 @@ def first_centers(samples: Tensor, num_centers: int, seed: int) -> Tensor:
     """Random samples, each at most once if there are enough; samples (n, C) -> (K, C)."""
     stream, num_samples = "k-means", len(samples)
     if num_samples >= num_centers:
-        chosen = rng.permutation(seed, stream, num_samples)[:num_centers]
+        chosen = permutation(seed, stream, num_samples)[:num_centers]
     else:
-        chosen = (rng.uniform(seed, stream, torch.arange(num_centers), 1)[:, 0] * num_samples).long()
+        chosen = (uniform(seed, stream, torch.arange(num_centers), 1)[:, 0] * num_samples).long()
     return samples[chosen.to(samples.device)]
 
 
@@ -112,7 +111,7 @@ class EMACodebook(nn.Module):
         """
         if self.revive_after is None:
             return
-        keys = rng.random_bits(step.seed, "revived codes", step.positions, vectors.shape[1]).flatten()
+        keys = random_bits(step.seed, "revived codes", step.positions, vectors.shape[1]).flatten()
         keys = torch.cat([self.spare_keys, keys])
         vectors = torch.cat([self.spares, vectors.detach().flatten(0, 1)])
         order = keys.argsort(stable=True)[: len(self.spare_keys)]
@@ -127,9 +126,9 @@ class EMACodebook(nn.Module):
             getattr(self, name).fill_(NO_KEY if name == "spare_keys" else 0)
 
     @torch.no_grad()
-    def update(self, world: World) -> None:
+    def update(self, step: Step) -> None:
         """Move the codes by what `take` has set aside, on all ranks together."""
-        taken = self.taken
+        taken, world = self.taken, step.world
         seen = world.sum(torch.cat([taken["counts"][:, None], taken["sums"]], dim=1))
         counts, sums = seen[:, 0], seen[:, 1:]
         used = counts > 0

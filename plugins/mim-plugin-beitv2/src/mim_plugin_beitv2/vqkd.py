@@ -26,19 +26,25 @@ from mim_framework import (
     Mask,
     Pred,
     PredSpec,
-    Renormalize,
     Section,
     Specs,
     Step,
     Views,
-    gather_tokens,
-    patch_grid,
-    usage_picture,
+    ViTSizes,
     without_autocast,
 )
-from mim_framework.builtins.vit import ViTSizes
-from mim_framework.nn.blocks import NORM_EPS, Block
-from mim_framework.nn.init import init_linear, rescale_by_depth, trunc_normal
+from mim_framework.nn import (
+    NORM_EPS,
+    Block,
+    Renormalize,
+    check_heads,
+    gather_tokens,
+    init_linear,
+    patch_grid,
+    rescale_by_depth,
+    trunc_normal,
+    usage_picture,
+)
 from mim_plugin_beitv2.codebook import EMACodebook
 
 logger = logging.getLogger(__name__)
@@ -54,8 +60,7 @@ class Transformer(nn.Module):
         self, patch_embed: nn.Module, grid: Grid, dim: int, depth: int, num_heads: int, mlp_ratio: float
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"embed_dim {dim} is not a multiple of num_heads {num_heads}")
+        check_heads(dim, num_heads)
         self.patch_embed = patch_embed
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid.num_patches, dim))
@@ -191,7 +196,7 @@ class VQKDEncoder(Encoder):
         self.codebook.take()
 
     def after_step(self, step: Step) -> None:
-        self.codebook.update(step.world)
+        self.codebook.update(step)
 
     def metrics(self) -> dict[str, Tensor]:
         """`codebook_usage` and `perplexity` of all images of all ranks since the last line of the log."""
@@ -247,7 +252,7 @@ class VQKDDecoder(Decoder):
         patch_embed = nn.Linear(encoder.dim, c.embed_dim)
         self.vit = Transformer(patch_embed, self.grid, c.embed_dim, c.depth, c.num_heads, c.mlp_ratio)
         self.task_layer = task_layer(c.embed_dim, target.dim)
-        self.spec = PredSpec("probs" if target.kind in ("ids", "probs") else "dense", target.dim, self.grid)
+        self.spec = PredSpec.for_target(target, self.grid)
 
     def no_weight_decay(self) -> tuple[str, ...]:
         return ("vit.cls_token", "vit.pos_embed")
