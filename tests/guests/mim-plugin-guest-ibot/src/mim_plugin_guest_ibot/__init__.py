@@ -12,7 +12,6 @@ from itertools import product
 
 import torch
 from pydantic import Field, model_validator
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear, log_softmax, normalize, softmax
 
@@ -35,12 +34,19 @@ from mim_framework import (
     Specs,
     Step,
     Views,
-    attend,
     extremes,
-    gather_tokens,
     hookimpl,
-    patch_grid,
     without_autocast,
+)
+from mim_framework.nn import (
+    NORM_EPS,
+    Block,
+    check_heads,
+    drop_path_ramp,
+    gather_tokens,
+    patch_grid,
+    put_mask_token,
+    run_blocks,
 )
 from mim_plugin_guest_ibot.views import MultiCropViews
 
@@ -48,36 +54,6 @@ requires_api = "1"
 
 
 # --- encoder ---------------------------------------------------------------------------------------------------------
-
-
-class Attention(nn.Module):
-    """Self-attention that can also hand out its weights."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, with_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, D) -> (B, T, D), and (B, heads, T, T) if asked for."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        weights = (q @ k.mT * self.scale).softmax(-1) if with_weights else None
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2)), weights
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = Attention(dim, num_heads), Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor, with_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        mixed, weights = self.attn(self.norm1(x), with_weights)
-        x = x + self.drop_path(mixed)
-        return x + self.drop_path(self.mlp(self.norm2(x))), weights
 
 
 class CropViT(Encoder):
@@ -109,8 +85,7 @@ class CropViT(Encoder):
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
         view, c = specs.view("x"), self.config
-        if c.embed_dim % c.num_heads:
-            raise ValueError(f"embed_dim {c.embed_dim} is not a multiple of num_heads {c.num_heads}")
+        check_heads(c.embed_dim, c.num_heads)
         for each in specs.views.values():
             if each.kind == "image":
                 patch_grid(each.img_size, c.patch_size)  # refused here if a crop is not a whole number of patches
@@ -119,9 +94,11 @@ class CropViT(Encoder):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid.num_patches, c.embed_dim))
-        rates = [c.drop_path_rate * i / max(1, c.depth - 1) for i in layers]
-        self.blocks = nn.ModuleList(Block(c.embed_dim, c.num_heads, c.mlp_ratio, rate) for rate in rates)
-        self.norm = nn.LayerNorm(c.embed_dim, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(c.embed_dim, c.num_heads, c.mlp_ratio, drop_path=rate)
+            for rate in drop_path_ramp(c.drop_path_rate, c.depth)
+        )
+        self.norm = nn.LayerNorm(c.embed_dim, eps=NORM_EPS)
         init_linears(self, c.init_std)
         for table in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(table, std=0.02)
@@ -133,7 +110,7 @@ class CropViT(Encoder):
             num_heads=c.num_heads,
             num_prefix_tokens=1,
             in_chans=view.in_chans,
-            offers=Ask(layers=frozenset(layers), attn=frozenset(layers)),
+            offers=Ask(layers=frozenset(layers), attn=frozenset(layers), qkv=frozenset(layers)),
             layers=dict.fromkeys(layers, (c.embed_dim, grid)),
         )
 
@@ -144,19 +121,11 @@ class CropViT(Encoder):
         """view (B, C, H, W) of any size -> tokens (B, N, D) on the view's own grid."""
         grid = patch_grid(view.shape[-2:], self.spec.stride)
         mask = mask.at(grid)
-        patches = self.patch_embed(view).flatten(2).transpose(1, 2)
-        if mask.num_hidden != 0:
-            patches = torch.where(mask.hidden[..., None], self.mask_token, patches)
+        patches = put_mask_token(self.patch_embed(view).flatten(2).transpose(1, 2), self.mask_token, mask)
         x = torch.cat([self.cls_token.expand(len(view), -1, -1), patches], dim=1) + self.positions(grid)
-        layers, attn = {}, {}
-        for i, block in enumerate(self.blocks):
-            x, weights = block(x, i in ask.attn)
-            if i in ask.layers:
-                layers[i] = x
-            if i in ask.attn:
-                attn[i] = weights
+        x, answers = run_blocks(self.blocks, x, ask)
         x = self.final_norm(x)
-        return Latent(x[:, 1:], grid, prefix=x[:, :1], layers=layers, attn=attn)
+        return Latent(x[:, 1:], grid, prefix=x[:, :1], **answers)
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.norm(x)

@@ -44,6 +44,7 @@ from mim_framework import (
     gather_tokens,
     hookimpl,
 )
+from mim_framework.nn import check_heads
 from mim_plugin_guest_pointmae.shapes import MeshShapes
 
 requires_api = "1"
@@ -253,8 +254,7 @@ def position_mlp(dim: int) -> nn.Sequential:
 
 def make_blocks(dim: int, config: Any) -> nn.ModuleList:
     """Pre-norm transformer blocks without biases of query, key and value."""
-    if dim % config.num_heads:
-        raise ValueError(f"embed_dim {dim} is not a multiple of num_heads {config.num_heads}")
+    check_heads(dim, config.num_heads)
     rates = torch.linspace(0, config.drop_path_rate, config.depth, device="cpu").tolist()
     return nn.ModuleList(Block(dim, config.num_heads, drop_path=rate, norm_layer=nn.LayerNorm) for rate in rates)
 
