@@ -38,7 +38,7 @@ print("HEAVY", sorted(set({HEAVY}) & set(sys.modules)), file=sys.stderr)
 def python(install_plugin):
     """Runs an interpreter that sees a plugin which raises on import."""
     site = install_plugin("loud", LOUD, files={"recipes/loud.yaml": "# Loud.\n"})
-    environment = {**os.environ, "PYTHONPATH": str(site)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
 
     def python(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=True)
