@@ -99,7 +99,7 @@ def test_no_masker_hides_nothing_and_predicts_everything():
     assert mask.where.all()
 
 
-# --- blocks; official statistics are in tests/parity -----------------------------------------------------------------
+# --- blocks; official statistics are in parity/ -----------------------------------------------------------------------
 
 
 def block_masker(img_size: int = 224, **options) -> BlockMasker:

@@ -1,4 +1,4 @@
-"""The ViT with mask tokens, by property and against timm's BEiT. Official numbers are in tests/parity."""
+"""The ViT with mask tokens, by property and against timm's BEiT. Official numbers are in mim-plugin-beit's tests."""
 
 from __future__ import annotations
 
