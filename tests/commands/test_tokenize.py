@@ -164,8 +164,9 @@ def test_renormalising_to_the_same_is_no_change_at_all():
     ],
 )  # fmt: skip
 def test_a_missing_or_wrong_tokenizer_is_refused_with_a_cure(
-    tmp_path: Path, stage_one: Path, overrides: list[str], message: str
+    tmp_path: Path, stage_one: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
 ):
+    monkeypatch.chdir(tmp_path)  # there is no runs/
     (tmp_path / "foreign.pth").write_bytes(b"x")
     names = {"folder": tmp_path, "file": tmp_path / "foreign.pth", "one": stage_one}
     with pytest.raises(RecipeError, match=message):
