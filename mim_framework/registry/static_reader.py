@@ -87,6 +87,7 @@ def read_plugin(module: str) -> Reading:
             unread.add(kind)
     if "*" in source.names:  # hooks may hide behind `from .hooks import *`
         unread |= set(HOOK_OF_KIND)
+    offers.sort(key=lambda offer: list(HOOK_OF_KIND).index(offer[0]))  # in the order of a loaded plugin's
     requires_api = source.constant("requires_api")
     return Reading(tuple(offers), frozenset(unread), tuple(events), None if requires_api is None else str(requires_api))
 
