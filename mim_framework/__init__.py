@@ -24,6 +24,7 @@ _HOME = {
         "API_VERSION", "CheckpointFormat", "Component", "Decoder", "Encoder", "Head", "Loss", "Masker", "Objective",
         "Parts", "Source", "Target", "ViewBuilder",
     ],
+    "contract.evaluation": ["Evaluation", "Features", "Subject", "check_features"],
     "builtins.objectives": ["MaskedPrediction"],
     "builtins.vit": ["ViTSizes", "MaskTokenViT", "BEiTViT"],
     "nn.images": ["Renormalize"],

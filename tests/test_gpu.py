@@ -16,7 +16,7 @@ from mim_framework.runtime.metrics import read_metrics
 from mim_framework.train.trainer import train
 
 pytestmark = pytest.mark.gpu
-TINY = ["train.epochs=null", "train.total_batch_size=16", "evaluate.knn=null", "log.tensorboard=false"]
+TINY = ["train.epochs=null", "train.total_batch_size=16", "evaluate=[]", "log.tensorboard=false"]
 
 
 def run(folder: Path, *overrides: str) -> Path:

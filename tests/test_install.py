@@ -13,7 +13,7 @@ from clean_install import PLUGINS, ROOT, call, install
 from mim_framework.runtime.launch import free_port
 
 pytestmark = pytest.mark.slow
-TINY = ["train.epochs=null", "train.steps=2", "train.total_batch_size=4", "evaluate.knn=null", "log.tensorboard=false"]
+TINY = ["train.epochs=null", "train.steps=2", "train.total_batch_size=4", "evaluate=[]", "log.tensorboard=false"]
 
 
 def test_installed_wheels_list_the_plugin_and_train(clean, wheels, tmp_path):

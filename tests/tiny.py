@@ -17,5 +17,5 @@ RECIPE: dict[str, Any] = {
     "train": {"total_batch_size": 8, "steps": 2, "device": "cpu", "precision": "float32"},
     "checkpoint": {"every_epochs": 0},
     "log": {"every_steps": 1, "tensorboard": False, "images_every_epochs": 0, "num_images": 0},
-    "evaluate": {"knn": None},
+    "evaluate": [],
 }

@@ -95,7 +95,7 @@ def recipe_of(names: dict[str, str]) -> Recipe:
             **slots,
             "optim": {"lr": 1e-3, "shape": "constant"},
             "train": {"total_batch_size": 4, "steps": 1, "device": "cpu", "precision": "float32"},
-            "evaluate": {"knn": None},
+            "evaluate": [],
         }
     )
 

@@ -245,10 +245,12 @@ def recipe_keys(model: type[BaseModel], prefix: str = "", seen: set[type] | None
 def sections_in(note: Any, way: str = "") -> Iterator[tuple[type[BaseModel], str]]:
     """The sections inside an annotation, each with what stands between: "NAME." in a mapping, "N." in a list.
 
-    Components and schedules have their own places.
+    Components and schedules have their own places; a component is told where it has keys that are not its options.
     """
-    if isinstance(note, type) and issubclass(note, BaseModel) and not issubclass(note, Choice | Curve):
-        yield note, way
+    if isinstance(note, type) and issubclass(note, BaseModel):
+        plain = issubclass(note, Choice) and note.own_keys() == ["type"]
+        if not plain and not issubclass(note, Curve):
+            yield note, way
     inside = {dict: "NAME.", list: "N.", tuple: "N."}.get(get_origin(note), "")
     for each in get_args(note):
         yield from sections_in(each, way + inside)

@@ -42,7 +42,8 @@ from mim_framework.base.schedule import Curve
 from mim_framework.base.section import Choice
 from mim_framework.commands import cli
 from mim_framework.contract import hooks
-from mim_framework.contract.components import KINDS, Component
+from mim_framework.contract.components import Component
+from mim_framework.contract.kinds import KINDS
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.recipe.yaml import read_yaml
 from mim_framework.registry.installed import RecipeInfo
@@ -378,6 +379,8 @@ def _default(field: FieldInfo) -> list[str]:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, Choice):
         return [f"default `{value.type}`"]
+    if isinstance(value, tuple) and any(isinstance(each, Choice) for each in value):
+        return [f"default `[{', '.join(each.type for each in value)}]`"]
     if isinstance(value, BaseModel):
         return []
     return ["optional"] if value is None else [f"default `{_yaml(value)}`"]

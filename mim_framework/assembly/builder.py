@@ -35,7 +35,6 @@ from mim_framework.contract.components import (
 )
 from mim_framework.contract.specs import Specs
 from mim_framework.data.companions import CachedTokenViews, TokenCache
-from mim_framework.evaluate.knn import check_pool
 from mim_framework.nn.images import Renormalize
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
@@ -144,9 +143,10 @@ class Builder:
         masker: Masker = self.make("masker", "masker", recipe.masker, self.specs)
         self.publish(masker=masker.spec)
         self.check_masker(masker, encoder)
-        if recipe.evaluate.knn is not None:
-            with self.slot("evaluate.knn.pool"):
-                check_pool(encoder.spec, recipe.evaluate.knn)
+        for index, choice in enumerate(recipe.evaluate):
+            cls, config = self.registry.resolve("evaluation", choice)
+            with self.slot(f"evaluate.{index}", choice.type):
+                cls(config).check(encoder.spec)
 
         heads = {
             name: self.build_head(name, section, encoder, masker) for name, section in recipe.named_heads().items()

@@ -13,7 +13,7 @@ from mim_framework.assembly.weights import load_into, load_tensors, named_part, 
 from mim_framework.base.errors import CheckpointError, MimError, RecipeError
 from mim_framework.checkpoints.checkpoint import Checkpoint, find_latest, load
 from mim_framework.contract.components import Encoder, Source, ViewBuilder
-from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.draft import load_written
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import choose_device
@@ -31,11 +31,12 @@ class LoadedRun(Model):
 
 @dataclass
 class LoadedEncoder:
-    """The encoder of a finished or stopped run on `device`, and what it looks at; nothing else of the run is built."""
+    """The encoder of a finished or stopped run, before and after, and what it looks at; nothing else is built."""
 
     recipe: Recipe
     views: ViewBuilder
-    encoder: Encoder
+    untrained: Encoder
+    trained: Encoder
     device: torch.device
 
 
@@ -61,14 +62,13 @@ def load_run(run_dir: Path, *, checkpoint: Path | None = None, registry: Registr
     return LoadedRun(recipe, model.views, model.objective, model.teachers, model.specs, source, device)
 
 
-def load_encoder(
-    run_dir: Path, *, checkpoint: Path | None = None, trained: bool = True, registry: Registry | None = None
-) -> LoadedEncoder:
+def load_encoder(run_dir: Path, *, checkpoint: Path | None = None, registry: Registry | None = None) -> LoadedEncoder:
     """Only the encoder of a run directory, for which neither teachers nor stored tokens are needed.
+
+    It comes twice, with the weights from which the run started and with those of a checkpoint, on the recipe's device.
 
     Args:
         checkpoint: by default the newest whole one of the run.
-        trained: False gives the weights from which the run started.
 
     Raises:
         RecipeError: if the directory holds no run.
@@ -76,27 +76,30 @@ def load_encoder(
     """
     registry = registry or Registry()
     recipe, device = _recipe_of_run(run_dir, registry)
+    _, _, trained = _built_encoder(recipe, registry)
+    found = _checkpoint_of_run(run_dir, checkpoint)
+    weights = named_part(found.tensors("model"), "encoder.", found.path)
+    if lacking := load_tensors(trained, weights, found.path):
+        raise CheckpointError(f"{found.path} lacks {some(lacking)} of encoder '{trained.name}'")
+    builder, views, untrained = _built_encoder(recipe, registry)
+    builder.load_published("encoder", untrained)
+    if recipe.init is not None:
+        load_into(untrained, Path(recipe.init), prefix="encoder.")
+    return LoadedEncoder(recipe, views, untrained.to(device), trained.to(device), device)
+
+
+def _built_encoder(recipe: Recipe, registry: Registry) -> tuple[Builder, ViewBuilder, Encoder]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         builder = Builder(recipe, registry)
-        views, encoder = builder.build_views(), builder.build_encoder()
-    if trained:
-        found = _checkpoint_of_run(run_dir, checkpoint)
-        weights = named_part(found.tensors("model"), "encoder.", found.path)
-        if lacking := load_tensors(encoder, weights, found.path):
-            raise CheckpointError(f"{found.path} lacks {some(lacking)} of encoder '{encoder.name}'")
-    else:
-        builder.load_published("encoder", encoder)
-        if recipe.init is not None:
-            load_into(encoder, Path(recipe.init), prefix="encoder.")
-    return LoadedEncoder(recipe, views, encoder.to(device), device)
+        return builder, builder.build_views(), builder.build_encoder()
 
 
 def _recipe_of_run(run_dir: Path, registry: Registry) -> tuple[Recipe, torch.device]:
     file = run_dir / "recipe.yaml"
     if not file.is_file():
         raise RecipeError(f"{run_dir} is no run directory: it has no recipe.yaml")
-    recipe = load_recipe(file, [], registry)
+    recipe = load_written(file, registry)
     try:
         device = choose_device(recipe.train.device)
     except MimError:  # trained elsewhere

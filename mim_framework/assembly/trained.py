@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mim_framework.base.errors import CheckpointError
 from mim_framework.base.section import Choice
-from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.draft import load_written
 from mim_framework.recipe.yaml import read_yaml
 from mim_framework.registry.registry import Registry
 
@@ -37,7 +37,7 @@ def trained_encoder(path: Path, registry: Registry) -> TrainedEncoder:
         slots = read_yaml((folder / IMPORTED_SLOTS).read_bytes(), str(folder / IMPORTED_SLOTS)).data
         encoder, views = (Choice.model_validate(slots[slot]) for slot in ("encoder", "views"))
     elif run is not None and path.exists():
-        recipe = load_recipe(run, [], registry)
+        recipe = load_written(run, registry)
         encoder, views = recipe.encoder, recipe.views
     else:
         known = [info.name for info in registry.recipes()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
@@ -26,10 +26,18 @@ class Choice(Section):
     component's own `Config` by the registry.
     """
 
+    kind: ClassVar[str] = ""
+    """Kind of the component; empty where the key in the recipe is its name."""
+
     type: str = Field(min_length=1)
     """Name of the component."""
     options: dict[str, Any] = {}
     """Its options, written beside `type`."""
+
+    @classmethod
+    def own_keys(cls) -> list[str]:
+        """Keys beside `type` and with it that are no options of the component."""
+        return [name for name in cls.model_fields if name != "options"]
 
     @model_validator(mode="before")
     @classmethod
@@ -37,9 +45,10 @@ class Choice(Section):
         if isinstance(value, str):
             return {"type": value}
         if isinstance(value, dict):
-            return {"type": value.get("type", ""), "options": {k: v for k, v in value.items() if k != "type"}}
+            own = {key: value[key] for key in cls.own_keys() if key in value}
+            return {"type": "", **own, "options": {key: each for key, each in value.items() if key not in own}}
         return value
 
     @model_serializer
     def _inline_options(self) -> dict[str, Any]:
-        return {"type": self.type, **self.options}
+        return {**{key: getattr(self, key) for key in self.own_keys()}, **self.options}

@@ -140,6 +140,11 @@ def _children(annotation: Any, part: str | int) -> list[Any]:
     return list(arguments[part : part + 1]) if origin is tuple and isinstance(part, int) else []
 
 
+def is_choice(annotation: Any) -> bool:
+    """Whether a component is chosen there."""
+    return _is_model(annotation) and issubclass(annotation, Choice)
+
+
 def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
@@ -200,7 +205,7 @@ def _locate(data: Any, location: tuple[str | int, ...], kind: str) -> tuple[KeyP
 
 def _message(model: type[BaseModel], data: Any, path: KeyPath, error: Any) -> str:
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
-    choice = Choice in annotations_at(model, path)
+    choice = any(is_choice(each) for each in annotations_at(model, path))
     if choice and kind == "string_too_short":
         return "names no component; write 'type: NAME' here"
     if kind == "extra_forbidden":

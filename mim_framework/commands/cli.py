@@ -340,20 +340,23 @@ def doctor(ctx: click.Context) -> None:
 # --- after training --------------------------------------------------------------------------------------------------
 
 
-@main.group("eval")
-def evaluate() -> None:
-    """What a representation is worth."""
-
-
-@evaluate.command()
-@RUN
+@main.command("eval")
+@click.argument("names", metavar="NAME[,NAME...]")
+@click.argument("subjects", nargs=-1, required=True, metavar="SUBJECT... [KEY=VALUE]...")
 @click.pass_obj
-def knn(settings: Settings, run: Path) -> None:
-    """Top-1 accuracy of nearest neighbours: raw pixels, untrained encoder, trained encoder."""
-    from mim_framework.commands.evaluate import evaluate_run
+def evaluate(settings: Settings, names: str, subjects: tuple[str, ...]) -> None:
+    """What encoders are worth by evaluations such as knn: raw pixels, untrained encoder, trained encoder.
 
-    for name, value in evaluate_run(run, registry=settings.registry).items():
-        click.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    SUBJECT is a run directory or a checkpoint folder inside one. KEY=VALUE sets an option of an evaluation (knn.k=10)
+    or names other images (data.source.root=FOLDER).
+    """
+    changes = [each for each in subjects if "=" in each and not Path(each).exists()]
+    judged = [each for each in subjects if each not in changes]
+    if not judged:
+        raise click.UsageError("name a SUBJECT, for example a run directory")
+    from mim_framework.commands.evaluate import report
+
+    click.echo(report(names.split(","), judged, changes, settings.registry))
 
 
 @main.command()

@@ -369,8 +369,3 @@ class CheckpointFormat:
             ValueError: if the layout cannot hold the model.
         """
         raise ValueError(f"checkpoint format '{self.name}' cannot be written")
-
-
-KINDS: dict[str, type] = {
-    cls.kind: cls for cls in (Masker, Encoder, Target, Decoder, Loss, Objective, ViewBuilder, Source, CheckpointFormat)
-}

@@ -20,6 +20,7 @@ import pluggy
 
 if TYPE_CHECKING:  # so that plugins are listed without torch
     from mim_framework.contract import components as c
+    from mim_framework.contract.evaluation import Evaluation
     from mim_framework.contract.run import Run
 
 PROJECT = "mim_framework"
@@ -36,6 +37,7 @@ HOOK_OF_KIND = {
     "objective": "mim_objectives",
     "views": "mim_views",
     "source": "mim_sources",
+    "evaluation": "mim_evaluations",
     "checkpoint_format": "mim_checkpoint_formats",
 }
 """Kind of component -> the hook that registers it."""
@@ -79,6 +81,11 @@ def mim_views() -> list[type[c.ViewBuilder]]:  # type: ignore[empty-body]
 @hookspec
 def mim_sources() -> list[type[c.Source]]:  # type: ignore[empty-body]
     """Classes that bring samples."""
+
+
+@hookspec
+def mim_evaluations() -> list[type[Evaluation]]:  # type: ignore[empty-body]
+    """Classes that measure what frozen features are worth."""
 
 
 @hookspec

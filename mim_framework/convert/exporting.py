@@ -11,7 +11,7 @@ from mim_framework.assembly.builder import build_model
 from mim_framework.assembly.weights import load_into
 from mim_framework.base.errors import CheckpointError
 from mim_framework.contract.components import CheckpointFormat
-from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.draft import load_written
 from mim_framework.registry.registry import Registry
 
 SUFFIX_OF = {"official": ".pth"}
@@ -34,7 +34,7 @@ def export_run(run_dir: Path, to: str, output: Path | None = None, registry: Reg
     registry = registry or Registry()
     if not (run_dir / "recipe.yaml").is_file():
         raise CheckpointError(f"{run_dir} is no run directory: it has no recipe.yaml")
-    recipe = load_recipe(run_dir / "recipe.yaml", [], registry)
+    recipe = load_written(run_dir / "recipe.yaml", registry)
     checkpoint_format = _format_of(
         registry.find("encoder", recipe.encoder.type), registry.find("objective", recipe.objective.type), to, registry
     )

@@ -1,12 +1,34 @@
-"""What all evaluations share: an encoder in evaluation mode, and the features of a source."""
+"""What evaluations read: features of a frozen encoder, extracted once and shared. Start at `EncoderSubject`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from math import ceil
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from mim_framework.base import rng
+from mim_framework.base.errors import DataError
+from mim_framework.contract.components import Encoder, Source, ViewBuilder
+from mim_framework.contract.evaluation import Evaluation, Features, Pool, Split, check_features
+from mim_framework.contract.mask import Mask
+from mim_framework.contract.records import Ask
+from mim_framework.contract.specs import EncoderSpec
+from mim_framework.contract.world import World
+from mim_framework.data.loader import evaluation_batches
+
+MAX_RAW_SIDE = 32
+"""Raw pixels are compared at this size at most, as larger images would not fit into memory."""
+_UNLABELLED, _NO_IMAGE = -1, -2
+
+Layer = int | None
+"""Number of a block, or None for the encoder's own output."""
+Extract = Callable[[Tensor], list[Tensor]]
+"""Prepared view (B, C, H, W) -> features, a tensor (B, ...) for each layer."""
 
 
 @contextmanager
@@ -20,3 +42,225 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for each, training in modes:
             each.training = training
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images by which encoders are judged, and the splits of which have labels."""
+
+    sources: Mapping[Split, Source]
+    labelled: frozenset[Split]
+
+    @classmethod
+    def of(cls, source: Source) -> Splits:
+        """What a source keeps for evaluations; without labels its own images are the split "train"."""
+        pair = source.evaluation_sources()
+        if pair is None:
+            return cls({"train": source}, frozenset())
+        return cls({"train": pair[0], "test": pair[1]}, frozenset({"train", "test"}))
+
+    def lacks(self, evaluation: Evaluation) -> str:
+        """What an evaluation needs and is not here, with the cure; empty if all is here."""
+        if evaluation.needs <= self.labelled:
+            return ""
+        cure = "A folder has them with data.source.labels=true and data.source.eval_root=FOLDER"
+        return f"it needs labelled images, source '{self.sources['train'].name}' has none. {cure}"
+
+
+class EncoderSubject:
+    """A `Subject`: an encoder with images. It holds every feature that was asked for, on the device.
+
+    Args:
+        world: the ranks that share the reading and the forward passes; each gets all features.
+        workers: processes that read images.
+        batch_size: images per forward pass.
+        precision: entered around forward passes, for autocast, or to gather sharded weights.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        views: ViewBuilder,
+        splits: Splits,
+        *,
+        device: torch.device,
+        world: World = World(),
+        workers: int = 0,
+        batch_size: int = 256,
+        precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.encoder, self.views, self.splits = encoder, views, splits
+        self.device, self.world = device, world
+        self.workers, self.batch_size, self.precision = workers, batch_size, precision
+        self._labels: dict[tuple[Split, int], Tensor] = {}
+        self._features: dict[tuple[Split, int, Pool | None, Layer], Tensor] = {}
+
+    @property
+    def spec(self) -> EncoderSpec:
+        return self.encoder.spec
+
+    def source(self, split: Split) -> Source:
+        """
+        Raises:
+            DataError: if there is no such split.
+        """
+        if split not in self.splits.sources:
+            raise DataError(f"source '{self.splits.sources['train'].name}' has no images of the split '{split}'")
+        return self.splits.sources[split]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        with evaluation_mode(self.encoder), self.precision():
+            yield
+
+    def features(
+        self,
+        split: Split,
+        *,
+        pool: Pool = "mean",
+        layers: Sequence[int] = (),
+        limit: int | None = None,
+        labelled: bool = True,
+    ) -> Features:
+        """
+        Raises:
+            DataError: if there are no such images.
+            ValueError: if the encoder has no such features.
+        """
+        check_features(self.spec, pool, layers)
+        numbers: list[Layer] = [layer % self.spec.depth for layer in layers] or [None]
+        return self._taken(split, pool, numbers, limit, labelled)
+
+    def raw_pixels(self, split: Split, *, limit: int | None = None, labelled: bool = True) -> Features:
+        """
+        Raises:
+            DataError: if there are no such images.
+        """
+        return self._taken(split, None, [None], limit, labelled)
+
+    def _taken(
+        self, split: Split, pool: Pool | None, layers: list[Layer], limit: int | None, labelled: bool
+    ) -> Features:
+        """Features from those that are held, after the missing ones were extracted in one pass."""
+        count = len(self.source(split))
+        count = count if limit is None else min(count, limit)
+        missing = [each for each in dict.fromkeys(layers) if (split, count, pool, each) not in self._features]
+        if missing:
+            extract = raw_pixels(self.views) if pool is None else tokens_of(self.encoder, pool, missing)
+            found, self._labels[split, count] = self._extracted(split, count, extract)
+            self._features |= {(split, count, pool, each): x for each, x in zip(missing, found, strict=True)}
+        y = self._labels[split, count]
+        every = [self._features[split, count, pool, each] for each in layers]
+        x = every[0] if len(every) == 1 else torch.cat(every, dim=-1)
+        wanted = y != _UNLABELLED if labelled else torch.ones_like(y, dtype=torch.bool)
+        if not bool(wanted.any()):
+            what = "has a label and can be read" if labelled else "can be read"
+            raise DataError(f"no image of source '{self.source(split).name}', split '{split}', {what}")
+        return Features(x, y) if bool(wanted.all()) else Features(x[wanted], y[wanted])
+
+    def _extracted(self, split: Split, count: int, extract: Extract) -> tuple[list[Tensor], Tensor]:
+        """Features (n, ...) of each layer and labels (n,) of `count` images; ranks make equal numbers of passes."""
+        source, world = self.source(split), self.world
+        chosen = rng.permutation(0, "evaluation", len(source))[:count].sort().values.tolist()
+        per_rank = ceil(len(chosen) / world.size)
+        own = chosen[world.rank :: world.size]
+        found: list[tuple[list[Tensor], Tensor]] = []
+
+        def add(batch: dict[str, Tensor], labels: Tensor) -> None:
+            on_device = {name: view.to(self.device, non_blocking=True) for name, view in batch.items()}
+            view = self.views.prepare(None, on_device)["x"]
+            found.append(([each.float() for each in extract(view)], labels.to(self.device)))
+
+        with self.frozen():
+            for batch, labels in evaluation_batches(
+                source, self.views, self.batch_size, indices=own, workers=self.workers
+            ):
+                add(batch, labels)
+            while len(found) < max(1, ceil(per_rank / self.batch_size)):  # broken images, or none left for this rank
+                add({"x": self.views.example(1)["x"]}, torch.full((1,), _NO_IMAGE))
+        y = torch.cat([labels for _, labels in found])
+        columns = [torch.cat(column) for column in zip(*(rows for rows, _ in found), strict=True)]
+        columns = [x[y != _NO_IMAGE] for x in columns]
+        y = y[y != _NO_IMAGE]
+        if world.size > 1:
+            *columns, y = (_gather_in_turn(rows, fill, per_rank, world) for rows, fill in
+                           [*((x, 0) for x in columns), (y, _NO_IMAGE)])  # fmt: skip
+            columns, y = [x[y != _NO_IMAGE] for x in columns], y[y != _NO_IMAGE]
+        return columns, y
+
+
+class PixelSubject:
+    """The images of a subject without its encoder: what every evaluation of it should beat."""
+
+    def __init__(self, subject: EncoderSubject) -> None:
+        self._subject = subject
+        self.encoder, self.views = subject.encoder, subject.views
+        self.world, self.device = subject.world, subject.device
+
+    @property
+    def spec(self) -> EncoderSpec:
+        return self._subject.spec
+
+    def source(self, split: Split) -> Source:
+        return self._subject.source(split)
+
+    def features(
+        self,
+        split: Split,
+        *,
+        pool: Pool = "mean",
+        layers: Sequence[int] = (),
+        limit: int | None = None,
+        labelled: bool = True,
+    ) -> Features:
+        """Raw pixels, whatever is asked for; as one token of an image if tokens are."""
+        pixels = self.raw_pixels(split, limit=limit, labelled=labelled)
+        return Features(pixels.x[:, None], pixels.y) if pool == "tokens" else pixels
+
+    def raw_pixels(self, split: Split, *, limit: int | None = None, labelled: bool = True) -> Features:
+        return self._subject.raw_pixels(split, limit=limit, labelled=labelled)
+
+    def frozen(self) -> AbstractContextManager[None]:
+        return self._subject.frozen()
+
+
+def tokens_of(encoder: Encoder, pool: Pool, layers: Sequence[Layer]) -> Extract:
+    """The encoder's features of images of which nothing is hidden."""
+    ask = Ask(layers=frozenset(layer for layer in layers if layer is not None))
+
+    def extract(view: Tensor) -> list[Tensor]:
+        spec = encoder.spec
+        latent = encoder(view, Mask.none(len(view), spec.grid, view.device), ask)
+        found = []
+        for layer in layers:
+            if layer is None:
+                prefix, tokens = latent.prefix, latent.tokens
+                if latent.ids is not None and pool == "tokens":
+                    tokens = tokens.gather(1, latent.ids.argsort(1)[..., None].expand_as(tokens))
+            else:
+                width, grid = spec.layers.get(layer, (spec.dim, spec.grid))
+                sequence = latent.layers[layer]
+                sequence = encoder.final_norm(sequence) if (width, grid) == (spec.dim, spec.grid) else sequence
+                prefix, tokens = sequence[:, : spec.num_prefix_tokens], sequence[:, spec.num_prefix_tokens :]
+            found.append(prefix[:, 0] if pool == "cls" else tokens if pool == "tokens" else tokens.mean(1))
+        return found
+
+    return extract
+
+
+def raw_pixels(views: ViewBuilder) -> Extract:
+    """The pixels in [0, 1] as they are, averaged down to 32x32 if there are more."""
+
+    def extract(view: Tensor) -> list[Tensor]:
+        images = views.to_image(view)
+        height, width = (min(size, MAX_RAW_SIDE) for size in images.shape[-2:])
+        return [adaptive_avg_pool2d(images, (height, width)).flatten(1)]
+
+    return extract
+
+
+def _gather_in_turn(rows: Tensor, fill: float, per_rank: int, world: World) -> Tensor:
+    """rows (n, ...) of every rank -> all rows, dealt as indices were; `fill` where a rank had no more."""
+    padding = rows.new_full((per_rank - len(rows), *rows.shape[1:]), fill)
+    gathered = world.gather(torch.cat([rows, padding]))
+    return gathered.unflatten(0, (world.size, per_rank)).transpose(0, 1).flatten(0, 1)

@@ -5,18 +5,22 @@ Every problem of a recipe is found in one go and reported with its file, line an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mim_framework.base.errors import PluginError, RecipeError
 from mim_framework.base.section import Choice
-from mim_framework.base.validation import KeyPath, Problem, annotations_at, fields_at, key, show, validate
+from mim_framework.base.validation import KeyPath, Problem, annotations_at, fields_at, is_choice, key, show, validate
 from mim_framework.contract.hooks import HOOK_OF_KIND
+from mim_framework.recipe.evaluations import from_mapping, in_one_line, type_of
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.recipe.rules import inconsistencies
 from mim_framework.recipe.yaml import read_yaml
 from mim_framework.registry.registry import Registry, UnknownName
+
+logger = logging.getLogger(__name__)
 
 
 def load_recipe(
@@ -34,7 +38,50 @@ def load_recipe(
         RecipeError: listing every problem as `file:line:column: key: what is wrong`.
     """
     registry = registry or Registry()
-    path = find_recipe(recipe, registry)
+    draft = _read(find_recipe(recipe, registry), registry)
+    for override in overrides:
+        draft.override(override)
+    return draft.finish(complete)
+
+
+def load_written(path: Path, registry: Registry) -> Recipe:
+    """The recipe that a run wrote into its directory; what an earlier version wrote otherwise is read, and told.
+
+    Raises:
+        RecipeError: as of `load_recipe`.
+    """
+    draft = _read(path, registry)
+    former = draft.data.get("evaluate")
+    if isinstance(former, dict):
+        draft.data["evaluate"] = from_mapping(former)
+        logger.warning(f"{path} was written by an earlier version; it now reads {in_one_line(draft.data['evaluate'])}")
+    return draft.finish(complete=True)
+
+
+def with_evaluations(recipe: Recipe, names: Iterable[str], changes: Iterable[str], registry: Registry) -> Recipe:
+    """The recipe with these evaluations alone, each with the recipe's own options where it has them.
+
+    Args:
+        changes: "NAME.KEY=VALUE" of an evaluation, or "data.KEY=VALUE".
+
+    Raises:
+        RecipeError: listing every evaluation that is not installed, and every wrong change.
+    """
+    data = recipe.model_dump(mode="json")
+    own = {entry["type"]: entry for entry in data["evaluate"]}
+    data["evaluate"] = [own.get(name, {"type": name}) for name in dict.fromkeys(names)]
+    draft = Draft("mim eval", data, {(): "mim eval"}, registry)
+    for change in changes:
+        first = change.partition("=")[0].partition(".")[0]
+        if first != "data" and first not in [entry["type"] for entry in data["evaluate"]]:
+            text = "changes none of the evaluations; write NAME.KEY=VALUE for an option of one, or data.KEY=VALUE"
+            draft.problems.append((f"override '{change}'", Problem((), text)))
+        else:
+            draft.override(change if first == "data" else f"evaluate.{change}")
+    return draft.finish(complete=True)
+
+
+def _read(path: Path, registry: Registry) -> Draft:
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -42,10 +89,7 @@ def load_recipe(
     document = read_yaml(text, str(path))
     if not isinstance(document.data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, got {show(document.data)}")
-    draft = Draft(str(path), document.data, dict(document.marks), registry)
-    for override in overrides:
-        draft.override(override)
-    return draft.finish(complete)
+    return Draft(str(path), document.data, dict(document.marks), registry)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -100,7 +144,14 @@ class Draft:
         node: Any = self.data
         path: KeyPath = ()
         for part in parts:
-            if isinstance(node, list):
+            if isinstance(node, list) and self.names_components(path) and not part.isdecimal():
+                if value is None and len(path) + 1 == len(parts):
+                    self.leave_out(node, path, part)
+                    return
+                path = (*path, self.entry(node, path, part, label))
+                if len(path) == len(parts) and isinstance(value, dict):
+                    value = {"type": part, **value}
+            elif isinstance(node, list):
                 if part not in map(str, range(len(node))):
                     message = f"is a list of {len(node)}; '{part}' is none of its numbers, which begin at 0"
                     self.problems.append((label, Problem(path, message)))
@@ -118,6 +169,34 @@ class Draft:
                 return
             node = self.open(node, path, label)
 
+    def names_components(self, path: KeyPath) -> bool:
+        """Whether there is a list of components, whose entries can be called by their names."""
+        return any(is_choice(each) for each in annotations_at(Recipe, (*path, 0)))
+
+    def entry(self, entries: list[Any], path: KeyPath, name: str, label: str) -> int:
+        """The number of the component `name` in a list, to which it is appended if it is not there."""
+        names = [type_of(entry) for entry in entries]
+        if name not in names:
+            entries.append({"type": name})
+            self.places[(*path, len(names))] = label
+            return len(names)
+        return names.index(name)
+
+    def leave_out(self, entries: list[Any], path: KeyPath, name: str) -> None:
+        """Take the component `name` out of a list, if it is there; those behind it move up."""
+        names = [type_of(entry) for entry in entries]
+        if name not in names:
+            return
+        index, depth = names.index(name), len(path)
+        del entries[index]
+        moved = {}
+        for each, place in self.places.items():
+            if each[:depth] != path or len(each) == depth or each[depth] < index:
+                moved[each] = place
+            elif each[depth] > index:
+                moved[*path, each[depth] - 1, *each[depth + 1 :]] = place
+        self.places = moved
+
     def open(self, node: Any, path: KeyPath, label: str) -> Any:
         """The value at `path`, ready to take a key: a slot's bare name or default becomes `{type: NAME}`."""
         part = path[-1]
@@ -125,9 +204,12 @@ class Draft:
         if value is None:
             field = fields_at(Recipe, path[:-1]).get(str(part))
             default = getattr(field, "default", None)
-            value = node[part] = default.model_dump() if isinstance(default, Choice) else {}
+            if self.names_components(path):
+                value = node[part] = [] if part in node else [each.model_dump() for each in default or ()]
+            else:
+                value = node[part] = default.model_dump() if isinstance(default, Choice) else {}
             self.places[path] = label
-        elif isinstance(value, str) and Choice in annotations_at(Recipe, path):
+        elif isinstance(value, str) and any(is_choice(each) for each in annotations_at(Recipe, path)):
             value = node[part] = {"type": value}
         return value
 
@@ -137,6 +219,11 @@ class Draft:
         Raises:
             RecipeError: with every problem.
         """
+        former = self.data.get("evaluate")
+        if isinstance(former, dict):
+            self.data["evaluate"] = from_mapping(former)
+            text = f"is a list of evaluations now; write {in_one_line(self.data['evaluate'])}"
+            self.report(Problem(("evaluate",), text))
         across = inconsistencies(self.data)
         recipe, problems = validate(Recipe, self.data)
         for problem in across + [each for each in problems if not (across and each.path == ())]:
@@ -153,7 +240,7 @@ class Draft:
     def check_components(self) -> None:
         """Report components that are not installed and options that they do not take."""
         missing: dict[str, list[tuple[KeyPath, str, str, UnknownName]]] = {}
-        for path, kind, value in slots([Recipe], self.data):
+        for path, kind, choice, value in slots([Recipe], self.data):
             name, options = (value.get("type"), value) if isinstance(value, dict) else (value, {})
             if not isinstance(name, str) or not name:
                 continue
@@ -166,7 +253,8 @@ class Draft:
             except PluginError as error:
                 self.report(Problem(type_path, str(error)))
                 continue
-            _, problems = validate(cls.Config, {option: each for option, each in options.items() if option != "type"})
+            own = choice.own_keys()
+            _, problems = validate(cls.Config, {option: each for option, each in options.items() if option not in own})
             for problem in problems:
                 self.report(Problem(path + problem.path, problem.message))
         for package, names in missing.items():  # one plugin to install is one problem
@@ -203,10 +291,11 @@ def find_recipe(recipe: str | Path, registry: Registry) -> Path:
     return registry.recipe(str(recipe)).path
 
 
-def slots(annotations: list[Any], data: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str, Any]]:
-    """Every value that chooses a component: its path, the kind of component, and the value."""
-    if Choice in annotations and path[-1] in HOOK_OF_KIND:
-        yield path, str(path[-1]), data
+def slots(annotations: list[Any], data: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str, type[Choice], Any]]:
+    """Every value that chooses a component: its path, the kind of component, the form of the choice, and the value."""
+    choice = next((each for each in annotations if is_choice(each)), None)
+    if choice is not None and (kind := choice.kind or str(path[-1])) in HOOK_OF_KIND:
+        yield path, kind, choice, data
         return
     for part, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
         inner = [found for each in annotations for found in annotations_at(each, (part,))]
@@ -217,12 +306,13 @@ def slots(annotations: list[Any], data: Any, path: KeyPath = ()) -> Iterator[tup
 def _complete(recipe: Recipe, registry: Registry) -> Recipe:
     """The same recipe with the default of every component's option written out."""
     data = recipe.model_dump(mode="json")
-    for path, kind, value in list(slots([Recipe], data)):
+    for path, kind, choice, value in list(slots([Recipe], data)):
         if value is None:
             continue
-        _, config = registry.resolve(kind, Choice.model_validate(value))
+        _, config = registry.resolve(kind, choice.model_validate(value))
         node = data
         for part in path[:-1]:
             node = node[part]
-        node[path[-1]] = {"type": value["type"], **config.model_dump(mode="json", by_alias=True, round_trip=True)}
+        own = {name: value[name] for name in choice.own_keys()}
+        node[path[-1]] = {**own, **config.model_dump(mode="json", by_alias=True, round_trip=True)}
     return Recipe.model_validate(data)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
 from mim_framework.base.schedule import Schedule
 from mim_framework.base.section import Choice, Section
 from mim_framework.base.validation import describe, show
 from mim_framework.checkpoints.checkpoint import CheckpointSection
 from mim_framework.data.loader import DataSection
-from mim_framework.evaluate.knn import EvaluateSection
+from mim_framework.recipe.evaluations import EvaluationChoice
 from mim_framework.recipe.rules import DEFAULT_OBJECTIVE, TOKENIZER, inconsistencies
 from mim_framework.recipe.training import PhaseSection, TrainSection
 from mim_framework.runtime.metrics import LogSection
@@ -30,6 +30,10 @@ def _part_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", text):
         raise ValueError(f"a name needs letters, digits and '_', the first a letter, got {show(text)}")
     return text
+
+
+def _none_for_null(value: Any) -> Any:
+    return () if value is None else value
 
 
 PartName = Annotated[str, AfterValidator(_part_name)]
@@ -96,8 +100,8 @@ class Recipe(Section):
     """When the state is saved, and how many are kept."""
     log: LogSection = LogSection()
     """What is written down on the way."""
-    evaluate: EvaluateSection = EvaluateSection()
-    """What is measured on the way."""
+    evaluate: Annotated[tuple[EvaluationChoice, ...], BeforeValidator(_none_for_null)] = (EvaluationChoice(type="knn"),)
+    """Evaluations on the way, each made where its labels are there; `[]` for none."""
 
     _file: str = PrivateAttr("recipe")
     _places: dict[str, str] = PrivateAttr(default_factory=dict)

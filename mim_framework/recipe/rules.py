@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mim_framework.base.validation import Problem
+from mim_framework.recipe.evaluations import repeated
 
 HEAD_SLOTS = ("target", "decoder", "loss")
 DEFAULT_OBJECTIVE = "masked_prediction"
@@ -32,7 +33,7 @@ def inconsistencies(data: dict[str, Any]) -> list[Problem]:
             "stands beside 'optimizers'; use one of the two" if both else "missing; a recipe needs it, or 'optimizers'"
         )
         problems.append(Problem(("optim",), text))
-    return [*problems, *_phase_problems(data), *_teacher_problems(data)]
+    return [*problems, *_phase_problems(data), *_teacher_problems(data), *repeated(data)]
 
 
 def _phase_problems(data: dict[str, Any]) -> Iterator[Problem]:

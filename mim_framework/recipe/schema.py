@@ -15,6 +15,8 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     definitions = schema["$defs"]
     slots: dict[str, Any] = {}
+    of_evaluations = definitions["EvaluationChoice"]["properties"]
+    own_keys = {"evaluation": {name: each for name, each in of_evaluations.items() if name not in ("type", "options")}}
     for kind in HOOK_OF_KIND:
         if kind == "checkpoint_format":
             continue
@@ -25,14 +27,20 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
             definitions |= {f"{label}.{inner}": value for inner, value in component.pop("$defs", {}).items()}
             help_text = (cls.__doc__ or "").partition("\n")[0]
             component |= {"title": name, "description": help_text, "required": ["type", *component.get("required", [])]}
-            component["properties"] = {"type": {"const": name}, **component.get("properties", {})}
+            options = component.get("properties", {})
+            component["properties"] = {"type": {"const": name}, **own_keys.get(kind, {}), **options}
             definitions[label] = component
             if component["required"] == ["type"]:
                 branches.append({"const": name, "description": help_text})
             branches.append({"$ref": f"#/$defs/{label}"})
         slots[kind] = {"anyOf": branches}
     _fill_slots(schema, slots)
-    definitions.pop("Choice", None)
+    evaluate = schema["properties"]["evaluate"]
+    described = {each: evaluate[each] for each in ("description", "default")}
+    several = {"type": "array", "items": slots["evaluation"]}
+    schema["properties"]["evaluate"] = {**described, "anyOf": [several, {"type": "null"}]}
+    for name in ("Choice", "EvaluationChoice"):
+        definitions.pop(name, None)
     return schema
 
 

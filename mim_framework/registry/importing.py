@@ -143,7 +143,7 @@ def _distinct(classes: list[type]) -> list[type]:
 
 def _checked(kind: str, cls: Any) -> type:
     from mim_framework.base.section import Section
-    from mim_framework.contract.components import KINDS
+    from mim_framework.contract.kinds import KINDS
 
     hook, base = hooks.HOOK_OF_KIND[kind], KINDS[kind]
     if not isinstance(cls, type):
@@ -163,5 +163,9 @@ def _checked(kind: str, cls: Any) -> type:
         if "type" in config.model_fields:
             raise _Refused(
                 f"{cls.__name__}.Config has a field 'type', which in a recipe names the component; rename it"
+            )
+        if taken := sorted(getattr(base, "reserved", frozenset()) & config.model_fields.keys()):
+            raise _Refused(
+                f"{cls.__name__}.Config has a field '{taken[0]}', a key that every {kind} has in a recipe; rename it"
             )
     return cls

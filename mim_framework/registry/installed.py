@@ -99,7 +99,9 @@ class Entry:
         return plugin_fault(self.point.name, self.distribution, what, cure)
 
 
-BUILTIN_ENTRY = Entry(metadata.EntryPoint(BUILTINS, "mim_framework.builtins", GROUP), "mim-framework", __version__)
+BUILTIN_ENTRY = Entry(
+    metadata.EntryPoint(BUILTINS, "mim_framework.own_components", GROUP), "mim-framework", __version__
+)
 
 
 def plugin_fault(plugin: str, distribution: str, what: str, cure: str, leave_out: str = "") -> str:

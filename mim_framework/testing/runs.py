@@ -29,7 +29,7 @@ from mim_framework.train.trainer import Trainer, train
 SHORT = (
     "train.epochs=null", "train.steps=3", "train.total_batch_size=8", "train.batch_size=null", "train.device=cpu",
     "train.precision=float32", "train.compile=false", "checkpoint={every_epochs: 0}",
-    "log={every_steps: 1, tensorboard: false, images_every_epochs: 0, num_images: 0}", "evaluate.knn=null",
+    "log={every_steps: 1, tensorboard: false, images_every_epochs: 0, num_images: 0}", "evaluate=[]",
 )  # fmt: skip
 PLAIN_SGD = {"type": "momentum", "lr": 0.05, "options": {"momentum": 0.0}}
 """Adam would turn the rounding of a gradient that is zero into a step of full size."""
@@ -140,6 +140,7 @@ def options_of(cls: type[Any]) -> dict[str, Any]:
 def choices_of(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     """(kind, choice) of the components of a recipe."""
     yield "source", recipe.data.source
+    yield from (("evaluation", choice) for choice in recipe.evaluate)
     for kind in ("views", "masker", "encoder", "objective"):
         yield kind, getattr(recipe, kind)
     for head in recipe.named_heads().values():

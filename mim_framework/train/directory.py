@@ -20,7 +20,7 @@ from mim_framework.base.errors import MimError, RecipeError
 from mim_framework.base.files import replace_file
 from mim_framework.checkpoints.checkpoint import list_checkpoints
 from mim_framework.contract.world import World
-from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.draft import load_written
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.recipe.writing import dump_recipe
 from mim_framework.registry.registry import Registry
@@ -49,7 +49,7 @@ def prepare_directory(recipe: Recipe, registry: Registry, world: World, *, fresh
                 raise RecipeError(
                     f"{directory} holds a run already, and --fresh refuses to go on with it; choose another name"
                 )
-            changed = changed_keys(load_recipe(written, [], registry), recipe)
+            changed = changed_keys(load_written(written, registry), recipe)
             if changed:
                 raise RecipeError(
                     f"{directory} holds a run of another recipe, which cannot be resumed: {'; '.join(changed)}. "

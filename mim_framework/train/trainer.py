@@ -29,13 +29,14 @@ from mim_framework.contract.components import Component
 from mim_framework.contract.world import World
 from mim_framework.data.companions import CachedTokenViews
 from mim_framework.data.loader import Batch, Loader
-from mim_framework.evaluate.knn import online_knn
+from mim_framework.evaluate.base import Splits
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import STOP_SIGNALS, process_group
 from mim_framework.runtime.metrics import MetricsWriter, Throughput, as_picture
 from mim_framework.runtime.sharding import compile_blocks, gradient_sync, shard, whole_weights, wrap
 from mim_framework.train.directory import prepare_directory, sole_run
+from mim_framework.train.evaluations import Evaluations, planned
 from mim_framework.train.pictures import draw_fixed
 from mim_framework.train.progress import Progress
 from mim_framework.train.run import Run
@@ -84,12 +85,16 @@ class Trainer:
         self.run = Run(directory, recipe, world, device, model, source, layout, *run_length(recipe, len(source)))
         self.objective, self.teachers = model.objective, model.teachers
         self.components = list(self.objective.components())
-        self.evaluation_sources = source.evaluation_sources()
-        self.held_out = source if self.evaluation_sources is None else self.evaluation_sources[1]
+        splits = Splits.of(source)
+        self.held_out = splits.sources.get("test", source)
         self.phases = recipe.named_phases()
         self.model = self._distribute()
         self.optimizers = build_optimizers(recipe, self.objective, layout.total_batch_size)
         self.autocast = torch.autocast(device.type, torch.bfloat16, self.run.bfloat16)
+        self.evaluations = Evaluations(
+            planned(recipe, registry), getattr(self.objective, "encoder", None), model.views, splits,
+            device=device, world=world, workers=recipe.data.num_workers, precision=self._outside_a_step,
+        )  # fmt: skip
         self.stop_signal, self.stop_agreed = 0, False
         self.window: dict[str, float] = {}  # sums of what was measured since the last line of the log
         self.nonfinite_in_a_row = 0
@@ -220,8 +225,9 @@ class Trainer:
         if self.stop_agreed and not last:
             self.progress.note(f"stopped by signal after step {done}; the same command goes on from here")
             raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
-        if recipe.evaluate.knn and (last or run.due(done, recipe.evaluate.knn.every_epochs)):
-            self._evaluate(done)
+        self.evaluations.run_due(
+            done, lambda every: last or run.due(done, every), log=self._log_evaluation, note=self.progress.note
+        )
         if last or run.due(done, recipe.log.images_every_epochs):
             self._draw(done)
 
@@ -260,26 +266,18 @@ class Trainer:
             self.metrics.write(done, line)
             self._announce("mim_metrics_logged", step=done, metrics=line)
 
-    def _evaluate(self, done: int) -> None:
-        """Online kNN. Every rank computes it, since a sharded encoder needs all of them."""
-        run, section = self.run, self.run.recipe.evaluate.knn
-        if self.evaluation_sources is None or section is None or not hasattr(self.objective, "encoder"):
-            return
-        try:
-            with self.autocast, whole_weights(self.objective):
-                top1 = online_knn(
-                    self.objective.encoder, run.model.views, self.evaluation_sources, section, run.device,
-                    workers=run.recipe.data.num_workers, world=run.world,
-                )  # fmt: skip
-        except DataError as error:  # the images of the evaluation are not worth a run
-            self.progress.note(f"step {done}: no kNN: {error}")
-            return
-        if run.world.is_main:
-            self.metrics.write(done, {"knn_top1": top1})
-            self.progress.note(f"step {done}: kNN top-1 {100 * top1:.1f} %")
+    @contextmanager
+    def _outside_a_step(self) -> Iterator[None]:
+        """Forward passes of parts of the model, in the precision of the run."""
+        with self.autocast, whole_weights(self.objective):
+            yield
+
+    def _log_evaluation(self, done: int, numbers: dict[str, float]) -> None:
+        if self.run.world.is_main:
+            self.metrics.write(done, numbers)
 
     def _draw(self, done: int) -> None:
-        with self.autocast, whole_weights(self.objective):
+        with self._outside_a_step():
             picture = draw_fixed(self.objective, self.run, self.held_out)
         if not self.run.world.is_main:
             return

@@ -229,8 +229,8 @@ def test_building_leaves_the_global_generator_alone(tmp_path):
             r"toy.yaml:\d+:\d+: decoder: slipping: AttributeError: .* has no attribute 'weigth'",
         ),
         (
-            {"evaluate": {"knn": {"pool": "cls"}}},
-            r"toy.yaml:\d+:\d+: evaluate.knn.pool: pool is 'cls', but the encoder has no class token",
+            {"evaluate": [{"type": "knn", "pool": "cls"}]},
+            r"toy.yaml:\d+:\d+: evaluate.0: knn: pool is 'cls', but the encoder has no class token",
         ),
         ({"encoder": {"type": "mae_vit", "patch_size": 5}}, "image size 16x16 is not a multiple of patch_size 5"),
         ({"encoder": {"type": "mae_vit", "patch_size": 4}}, "decoder 'linear' needs an encoder with a token at every position"),

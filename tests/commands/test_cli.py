@@ -121,9 +121,9 @@ def test_check_and_bench_print_a_report(mim, calls):
 def test_commands_after_training_call_their_function(mim, calls, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "a.png").touch()
-    calls("mim_framework.commands.evaluate", "evaluate_run", {"trained": 0.5, "images": 3})
+    calls("mim_framework.commands.evaluate", "report", "trained: 0.5000")
     calls("mim_framework.commands.reconstruct", "reconstruct_run", [Path("x.png"), Path("y.png")])
-    assert mim("eval", "knn", "runs").output == "trained: 0.5000\nimages: 3\n"
+    assert mim("eval", "knn,linear", "runs", "knn.k=3").output == "trained: 0.5000\n"
     assert mim("reconstruct", "runs", "a.png", "--output", "out").output == "x.png\ny.png\n"
     calls("mim_framework.convert", "export_run", Path("out.safetensors"))
     assert mim("export", "runs", "--to", "timm", "--output", "out").output == "out.safetensors\n"
@@ -132,7 +132,7 @@ def test_commands_after_training_call_their_function(mim, calls, tmp_path):
     assert [
         (name, [each for each in arguments if not isinstance(each, Registry)]) for name, arguments, _ in calls.made
     ] == [
-        ("evaluate_run", [Path("runs")]),
+        ("report", [["knn", "linear"], ["runs"], ["knn.k=3"]]),
         ("reconstruct_run", [Path("runs"), [Path("a.png")], Path("out")]),
         ("export_run", [Path("runs"), "timm", Path("out")]),
         ("import_checkpoint", [Path("a.png"), None]),
@@ -141,9 +141,7 @@ def test_commands_after_training_call_their_function(mim, calls, tmp_path):
     assert mim("import", "a.png", "encoder").stderr == "mim: write it as KEY=VALUE, for example optim.lr=1e-3\n"
 
 
-@pytest.mark.parametrize(
-    "command", [["eval", "knn", "gone"], ["export", "gone", "--to", "timm"], ["reconstruct", "gone", "x"]]
-)
+@pytest.mark.parametrize("command", [["export", "gone", "--to", "timm"], ["reconstruct", "gone", "x"]])
 def test_a_run_that_is_not_there_is_a_usage_error(mim, command):
     result = mim(*command)
     assert result.exit_code == 2

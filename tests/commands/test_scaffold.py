@@ -217,7 +217,7 @@ def test_the_shortest_plugin_trains(tmp_path, install_plugin):
     install_plugin("my_method", MODULE.read_text(), files=recipe)
     registry = Registry()
     short = ["train.epochs=null", "train.steps=12", "train.total_batch_size=16", "optim.warmup_epochs=0"]
-    quiet = ["log.every_steps=4", "log.tensorboard=false", "log.num_images=0", "evaluate.knn=null"]
+    quiet = ["log.every_steps=4", "log.tensorboard=false", "log.num_images=0", "evaluate=[]"]
     run_dir = train(load_recipe("my_method_quickstart", [f"output_dir={tmp_path}", *short, *quiet], registry), registry)
     losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3
@@ -290,5 +290,5 @@ def test_a_plugin_of_another_name_passes_its_tests(author):
     install, test, run = (line.strip() for line in written.splitlines()[1:])
     author.type(install)
     assert " passed" in author.type(test)
-    author.type(f"{run} train.epochs=null train.steps=1 evaluate.knn=null")
+    author.type(f"{run} train.epochs=null train.steps=1 evaluate=[]")
     assert (author.folder / "runs/dust_cloud_quickstart/checkpoints/step_00000001/manifest.json").exists()

@@ -17,14 +17,13 @@ from torch import nn
 from mim_framework.assembly.builder import build_model
 from mim_framework.assembly.preflight import make_step, preflight
 from mim_framework.base.errors import DataError, MimError, RecipeError
-from mim_framework.commands.evaluate import evaluate_run
+from mim_framework.commands.evaluate import evaluate
 from mim_framework.commands.tokenize import tokenize
 from mim_framework.contract.components import Encoder
 from mim_framework.contract.mask import Grid
 from mim_framework.contract.records import Ask, Latent
 from mim_framework.contract.specs import EncoderSpec, ViewSpec
 from mim_framework.data.companions import TokenCache
-from mim_framework.evaluate.knn import KNNSection
 from mim_framework.nn.images import Renormalize
 from mim_framework.nn.patches import patchify
 from mim_framework.recipe.draft import load_recipe
@@ -327,8 +326,8 @@ def test_knn_of_a_second_stage_needs_neither_tokenizer_nor_stored_ids(tmp_path: 
     moved = shutil.copytree(stage_one, tmp_path / "one")
     ids = shutil.copytree(tokens, tmp_path / "ids")
     run_dir = train(short(tmp_path, moved, f"data.tokens={ids}"), REGISTRY)
-    before = evaluate_run(run_dir, registry=REGISTRY, section=KNNSection())
+    [before] = evaluate(["knn"], [run_dir], registry=REGISTRY)
     shutil.rmtree(moved)
     shutil.rmtree(ids)
-    assert evaluate_run(run_dir, registry=REGISTRY, section=KNNSection()) == before
-    assert before["trained"] != before["untrained"]
+    assert evaluate(["knn"], [run_dir], registry=REGISTRY) == [before]
+    assert before.numbers["trained"] != before.numbers["untrained"]

@@ -36,7 +36,7 @@ decoder: linear
 loss: mse
 optim: {{lr: 0.1}}
 train: {{total_batch_size: 2, steps: 1, device: cpu, precision: float32}}
-evaluate: {{knn: {{k: 1}}}}
+evaluate: [{{type: knn, k: 1}}]
 log: {{num_images: 3}}
 """
 

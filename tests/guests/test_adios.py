@@ -19,10 +19,9 @@ from mim_framework.assembly.opened import load_run
 from mim_framework.assembly.preflight import make_step
 from mim_framework.base import rng
 from mim_framework.base.errors import RecipeError
-from mim_framework.commands.evaluate import evaluate_run
+from mim_framework.commands.evaluate import evaluate
 from mim_framework.contract.records import Sample
 from mim_framework.contract.step import Step
-from mim_framework.evaluate.knn import KNNSection
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.runtime.launch import process_group
@@ -351,7 +350,7 @@ def test_phases_on_two_ranks_move_their_own_parameters_only(tmp_path, mode, adio
 def test_a_few_epochs_on_digits_lower_the_loss_and_leave_masks_that_follow_the_image(tmp_path):
     """A quarter of the recipe's length. Masks that are the same for all images would have no deviation over them."""
     short = [f"output_dir={tmp_path}", "train.epochs=5", "train.device=cpu", "log.tensorboard=false"]
-    recipe = load_recipe(QUICKSTART, [*short, "evaluate.knn=null", "checkpoint.every_epochs=0"], RegistryWith())
+    recipe = load_recipe(QUICKSTART, [*short, "evaluate=[]", "checkpoint.every_epochs=0"], RegistryWith())
     run_dir = train(recipe, RegistryWith())
     losses = [encoder for encoder, _ in losses_of(run_dir)]
     assert losses[-1] < 0.95 * losses[0]
@@ -370,8 +369,8 @@ def test_a_few_epochs_on_digits_lower_the_loss_and_leave_masks_that_follow_the_i
     assert soft.std(0).mean() > 0.05  # over images, at the same pixel
     assert soft.std((-2, -1)).mean() > 0.08  # over the pixels of an image
     assert soft.max(1).values.mean() > 0.33  # even masks would have a quarter everywhere
-    top1 = evaluate_run(run_dir, section=KNNSection())
-    assert top1["trained"] > top1["untrained"] + 0.03
+    [judged] = evaluate(["knn"], [run_dir])
+    assert judged.numbers["trained"]["knn_top1"] > judged.numbers["untrained"]["knn_top1"] + 0.03
 
 
 @pytest.mark.slow

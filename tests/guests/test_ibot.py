@@ -20,11 +20,10 @@ from mim_framework.assembly.cost import measure_cost
 from mim_framework.assembly.preflight import make_step
 from mim_framework.base.errors import RecipeError
 from mim_framework.base.schedule import epoch_of, value_at
-from mim_framework.commands.evaluate import evaluate_run
+from mim_framework.commands.evaluate import evaluate
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Sample
 from mim_framework.contract.step import Step
-from mim_framework.evaluate.knn import KNNSection
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.runtime.launch import process_group
@@ -606,10 +605,10 @@ def test_digits_are_learned(tmp_path):
     warm_ups = ["optim", "objective.teacher_temp", "objective.teacher_patch_temp"]
     options = [
         "train.epochs=15", *(f"{each}.warmup_epochs=5" for each in warm_ups), "train.device=cpu", "log.every_steps=44",
-        "evaluate.knn=null", "checkpoint.every_epochs=0", f"output_dir={tmp_path}",
+        "evaluate=[]", "checkpoint.every_epochs=0", f"output_dir={tmp_path}",
     ]  # fmt: skip
     run_dir = train(load_recipe(QUICKSTART, options, RegistryWith()), RegistryWith())
     losses = [line["loss"] for line in lines_of(run_dir)]
     assert losses[-1] < 0.8 * losses[0]
-    top1 = evaluate_run(run_dir, section=KNNSection(pool="cls"))
-    assert top1["trained"] > top1["untrained"] + 0.1
+    [judged] = evaluate(["knn"], [run_dir], ["knn.pool=cls"])
+    assert judged.numbers["trained"]["knn_top1"] > judged.numbers["untrained"]["knn_top1"] + 0.1

@@ -47,7 +47,7 @@ RECIPE = {
     "train": {"total_batch_size": 4, "steps": 3, "device": "cpu", "precision": "float32"},
     "checkpoint": {"every_epochs": 0},
     "log": {"every_steps": 1, "tensorboard": False, "images_every_epochs": 0, "num_images": 2},
-    "evaluate": {"knn": {"every_epochs": 0, "max_train": 40, "max_test": 20}},
+    "evaluate": [{"type": "knn", "every_epochs": 0, "max_train": 40, "max_test": 20}],
 }
 VIT = {"type": "mae_vit", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 NO_HEAD = {"target": None, "decoder": None, "loss": None}

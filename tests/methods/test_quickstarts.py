@@ -8,8 +8,7 @@ from statistics import fmean
 import pytest
 from clean_install import ROOT
 
-from mim_framework.commands.evaluate import evaluate_run
-from mim_framework.evaluate.knn import KNNSection
+from mim_framework.commands.evaluate import evaluate
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.installed import BUILTINS
 from mim_framework.registry.registry import Registry
@@ -48,5 +47,5 @@ def test_a_few_epochs_on_digits_lower_the_loss_and_soon_beat_the_untrained_encod
     losses = contract.losses_of(run_dir)
     assert fmean(losses[-5:]) < 0.95 * fmean(losses[:5])
     if recipe not in LATE:
-        top1 = evaluate_run(run_dir, section=KNNSection())
-        assert top1["trained"] > top1["untrained"] + 0.03
+        [judged] = evaluate(["knn"], [run_dir])
+        assert judged.numbers["trained"]["knn_top1"] > judged.numbers["untrained"]["knn_top1"] + 0.03

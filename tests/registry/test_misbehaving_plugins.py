@@ -65,7 +65,7 @@ loss: mse
 optim: {{lr: 1e-3}}
 train: {{total_batch_size: 8, steps: 2, device: cpu}}
 checkpoint: {{every_epochs: 0}}
-evaluate: {{knn: null}}
+evaluate: []
 log: {{tensorboard: false, num_images: 0}}
 """
 
@@ -171,7 +171,7 @@ def test_a_plugin_with_a_fault_stops_only_the_recipes_that_need_it(mim, install_
 def test_a_run_goes_through_while_every_bad_plugin_is_installed(mim, install_plugin):
     for number, (options, _, _) in enumerate(FAULTS.values()):
         install_plugin(f"bad{number}", **{**options, "source": options["source"].replace('"bad"', f'"bad{number}"')})
-    short = ["train.epochs=null", "train.steps=2", "train.total_batch_size=8", "train.device=cpu", "evaluate.knn=null"]
+    short = ["train.epochs=null", "train.steps=2", "train.total_batch_size=8", "train.device=cpu", "evaluate=[]"]
     done = mim("run", "quickstart", *short, "log.tensorboard=false")
     assert done.exit_code == 0
     assert done.stdout.endswith("run directory: runs/quickstart\n")

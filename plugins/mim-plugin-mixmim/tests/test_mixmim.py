@@ -540,7 +540,7 @@ SLOTS = {
     "loss": "mse",
     "optim": {"lr": 1e-3},
     "train": {"total_batch_size": 4, "steps": 1, "device": "cpu", "precision": "float32"},
-    "evaluate": {"knn": None},
+    "evaluate": [],
 }
 
 

@@ -1,0 +1,131 @@
+"""What an evaluation is: numbers that say what frozen features are worth, and the subject that it is given.
+
+Start here to write one, for example a linear probe: a class, its options, and a call from a subject to numbers. A
+subject is an encoder with the images to judge it by; it extracts features once, for all evaluations that ask for them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mim_framework.base.section import Section
+from mim_framework.contract.components import Encoder, Source, ViewBuilder
+from mim_framework.contract.records import Ask
+from mim_framework.contract.specs import EncoderSpec
+from mim_framework.contract.world import World
+
+Split = Literal["train", "test"]
+"""Images to learn from, or to be judged by."""
+Pool = Literal["mean", "cls", "tokens"]
+"""An image's feature: the mean of its patch tokens, its class token, or all patch tokens in the order of the grid."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Of the images of a split, in order, on the subject's device; the same on every rank.
+
+    `x`: float32 (n, D), or (n, N, D) where every patch token is kept. `y`: labels (n,) int64, -1 where there is none.
+    """
+
+    x: Tensor
+    y: Tensor
+
+
+class Subject(Protocol):
+    """An encoder that is judged, with images: what an evaluation is given."""
+
+    encoder: Encoder
+    views: ViewBuilder
+    world: World
+    device: torch.device
+
+    @property
+    def spec(self) -> EncoderSpec:
+        """The encoder's spec."""
+
+    def source(self, split: Split) -> Source:
+        """Where the images of a split come from; without labels there is one split only, "train"."""
+
+    def features(
+        self,
+        split: Split,
+        *,
+        pool: Pool = "mean",
+        layers: Sequence[int] = (),
+        limit: int | None = None,
+        labelled: bool = True,
+    ) -> Features:
+        """Features of images of which nothing is hidden. Every rank must ask, as they share the work.
+
+        Args:
+            layers: blocks whose outputs stand side by side in D, from 0, or from the end if negative; each normalised
+                as the encoder's end is, where it has its width. Of none, the encoder's own output.
+            limit: of more images than this, a random choice that is the same each time.
+            labelled: leave out images without a label.
+
+        Raises:
+            DataError: if there are no such images.
+        """
+
+    def raw_pixels(self, split: Split, *, limit: int | None = None, labelled: bool = True) -> Features:
+        """The pixels of the same images in [0, 1], averaged down if they are many: what any encoder should beat."""
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """For passes of one's own through `encoder`: evaluation mode, no gradients, the precision of the run."""
+
+
+class Evaluation:
+    """A measure of what frozen features are worth, taken during a run or after it.
+
+    Every rank calls it and must return the same numbers, so it draws from seeds of its own and never from a global
+    generator. The encoder is as it was afterwards.
+    """
+
+    kind: ClassVar[str] = "evaluation"
+    name: ClassVar[str]
+    """The name by which a recipe selects it, and with which the names of its numbers begin in the metrics."""
+    needs: ClassVar[frozenset[Split]] = frozenset({"train", "test"})
+    """The splits whose labels it reads; empty if it does without labels."""
+    of_pixels: ClassVar[bool] = True
+    """Whether it can judge raw pixels in the place of features; False if it calls the encoder itself."""
+    reserved: ClassVar[frozenset[str]] = frozenset({"every_epochs", "forward_batch_size"})
+    """Keys that every evaluation has in a recipe, so that no option may be called so."""
+
+    class Config(Section):
+        """No options."""
+
+    def __init__(self, config: Section) -> None:
+        self.config = config
+
+    def check(self, encoder: EncoderSpec) -> None:
+        """Called when a recipe is checked, before any data is read; see `check_features`.
+
+        Raises:
+            ValueError: if this encoder cannot be judged so; the core adds the place in the recipe.
+        """
+        return
+
+    @abstractmethod
+    def __call__(self, subject: Subject) -> dict[str, float]:
+        """The numbers by name, such as {"top1": 0.75}."""
+
+
+def check_features(encoder: EncoderSpec, pool: Pool, layers: Sequence[int] = ()) -> None:
+    """For `Evaluation.check`: whether an encoder has such features.
+
+    Raises:
+        ValueError: naming what it lacks, and what would work.
+    """
+    if pool == "cls" and not encoder.num_prefix_tokens:
+        raise ValueError("pool is 'cls', but the encoder has no class token; use pool=mean")
+    if outside := [layer for layer in layers if not -encoder.depth <= layer < encoder.depth]:
+        raise ValueError(f"layers {outside} are none of the encoder's {encoder.depth} blocks, which begin at 0")
+    if lacking := encoder.lacks(Ask(layers=frozenset(layer % encoder.depth for layer in layers))):
+        raise ValueError(f"the encoder does not hand out {lacking}; it has layers {sorted(encoder.offers.layers)}")

@@ -1,0 +1,100 @@
+"""The evaluations of a run: which are due after a step, and what they measured. Start at `Evaluations.run_due`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from mim_framework.base.errors import DataError
+from mim_framework.contract.components import Encoder, ViewBuilder
+from mim_framework.contract.evaluation import Evaluation
+from mim_framework.contract.world import World
+from mim_framework.evaluate.base import EncoderSubject, Splits
+from mim_framework.recipe.recipe import Recipe
+from mim_framework.registry.registry import Registry
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An evaluation of a recipe, and when it is made."""
+
+    evaluation: Evaluation
+    every_epochs: float
+    forward_batch_size: int
+
+
+def planned(recipe: Recipe, registry: Registry) -> list[Planned]:
+    """The evaluations of a recipe, built."""
+    found = []
+    for choice in recipe.evaluate:
+        cls, config = registry.resolve("evaluation", choice)
+        found.append(Planned(cls(config), choice.every_epochs, choice.forward_batch_size))
+    return found
+
+
+class Evaluations:
+    """What a run measures on the way. Evaluations that are due together share the features of one pass.
+
+    Args:
+        encoder: what is judged; None if the objective has none, so that nothing is measured.
+        precision: entered around forward passes, for autocast and to gather sharded weights.
+    """
+
+    def __init__(
+        self,
+        plan: list[Planned],
+        encoder: Encoder | None,
+        views: ViewBuilder,
+        splits: Splits,
+        *,
+        device: torch.device,
+        world: World = World(),
+        workers: int = 0,
+        precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.plan, self.encoder, self.views, self.splits = plan, encoder, views, splits
+        self.device, self.world, self.workers, self.precision = device, world, workers, precision
+        self._left_out: set[str] = set()
+
+    def run_due(
+        self,
+        done: int,
+        due: Callable[[float], bool],
+        *,
+        log: Callable[[int, dict[str, float]], None],
+        note: Callable[[str], None],
+    ) -> None:
+        """After a step; `done` counts the finished ones. Every rank calls it, as a sharded encoder needs all of them.
+
+        Args:
+            due: whether what happens every so many epochs happens now.
+            log: told the numbers of each evaluation, under names that begin with its own.
+            note: told one line for a person.
+        """
+        now = [each for each in self.plan if due(each.every_epochs) and self._possible(each.evaluation, note)]
+        if self.encoder is None or not now:
+            return
+        subject = EncoderSubject(
+            self.encoder, self.views, self.splits, device=self.device, world=self.world, workers=self.workers,
+            batch_size=min(each.forward_batch_size for each in now), precision=self.precision,
+        )  # fmt: skip
+        for each in now:
+            name = each.evaluation.name
+            try:
+                numbers = each.evaluation(subject)
+            except DataError as error:  # the images of an evaluation are not worth a run
+                note(f"step {done}: no {name}: {error}")
+                continue
+            log(done, {f"{name}_{key}": value for key, value in numbers.items()})
+            note(f"step {done}: {name} {', '.join(f'{key} {value:.4g}' for key, value in numbers.items())}")
+
+    def _possible(self, evaluation: Evaluation, note: Callable[[str], None]) -> bool:
+        """Whether there is what an evaluation needs; what is missing is told once."""
+        lacking = "the objective has no part `encoder`" if self.encoder is None else self.splits.lacks(evaluation)
+        if lacking and evaluation.name not in self._left_out:
+            self._left_out.add(evaluation.name)
+            note(f"evaluation '{evaluation.name}' is left out: {lacking}")
+        return not lacking
