@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,11 +49,11 @@ LossOf = Callable[[Tensor, int], Tensor]
 def build_ours(options: dict[str, Any]) -> Objective:
     specs = Specs(views={"x": ViewSpec("x", (3, IMG_SIZE, IMG_SIZE))})
     encoder = MAEEncoder(MAEEncoder.Config(**options), specs)
-    specs = replace(specs, encoder=encoder.spec)
+    specs = specs.also(encoder=encoder.spec)
     masker = RandomMasker(RandomMasker.Config(mask_ratio=0.75), specs)
-    specs = replace(specs, masker=masker.spec)
+    specs = specs.also(masker=masker.spec)
     target = PixelTarget(PixelTarget.Config(norm_pix_loss=True), specs)
-    decoder = MAEDecoder(MAEDecoder.Config(), replace(specs, target=target.spec))
+    decoder = MAEDecoder(MAEDecoder.Config(), specs.also(target=target.spec))
     head = Head(target, decoder, MSELoss(MSELoss.Config(), specs))
     return MaskedPrediction(MaskedPrediction.Config(), Parts(masker, encoder, {"main": head}, None, specs))
 

@@ -13,7 +13,7 @@ from mim_framework.commands.bench import run_bench
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import read_metrics
-from mim_framework.train.trainer import train
+from mim_framework.training.trainer import train
 
 pytestmark = pytest.mark.gpu
 TINY = ["train.epochs=null", "train.total_batch_size=16", "evaluate=[]", "log.tensorboard=false"]

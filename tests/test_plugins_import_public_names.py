@@ -36,13 +36,13 @@ def test_imports_of_what_is_not_public_are_found():
     source = """\
 import mim_framework
 import mim_framework.runtime.optim
-from mim_framework import Mask, Trainer
+from mim_framework import Mask, Optimizer
 from mim_framework.nn import Block
 from mim_framework.nn.blocks import Block
 """
     assert unpublic_imports(source) == [
         "line 2: mim_framework.runtime.optim",
-        "line 3: mim_framework.Trainer",
+        "line 3: mim_framework.Optimizer",
         "line 5: mim_framework.nn.blocks.Block",
     ]
 

@@ -38,7 +38,7 @@ HEADER = f"""\
 # Public names, each with its signature, field or default. Written by `{COMMAND}`; a test compares
 # them with the code. A line that changes needs a line in CHANGELOG.md that names it.
 """
-GIVEN = {"contract.world": ["World"], "runtime.teachers": ["TeacherSession"], "train.run": ["Run"]}
+GIVEN = {"contract.world": ["World"], "runtime.teachers": ["TeacherSession"], "training.run": ["Run"]}
 """Module -> classes that a plugin does not import to use: what steps and run events hand it."""
 PACKAGES = {"nn": nn, "layouts": layouts}
 """Section of the file -> the package of plain functions and modules that it lists."""

@@ -80,7 +80,7 @@ the list with the code, and the list is written only when the changelog names wh
 in any release.
 
 Records grow by optional fields and hooks by new hooks, which disturbs no plugin. What would break a plugin that follows
-these pages raises `API_VERSION`. A module that says `requires_api = "1"` is refused by a framework of another version,
+these pages raises `API_VERSION`. A module that says `requires_api = "2"` is refused by a framework of another version,
 with a message that names the plugin and what to upgrade; one that says nothing is taken as it comes.
 """
 

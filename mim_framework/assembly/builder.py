@@ -39,6 +39,7 @@ from mim_framework.nn.images import Renormalize
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.optim import Optimizer, assign, layers_above
+from mim_framework.runtime.step import StepEngine
 from mim_framework.runtime.teachers import Teachers, TeacherSection
 
 
@@ -56,6 +57,10 @@ class Model:
         self.objective.to(device)
         self.teachers.to(device)
         return self
+
+    def engine(self, device: torch.device, *, bfloat16: bool = False) -> StepEngine:
+        """What makes steps of these parts."""
+        return StepEngine(self.objective, self.views, self.teachers, device, bfloat16=bfloat16)
 
 
 def build_model(recipe: Recipe, registry: Registry, *, with_weights: bool = True) -> Model:
@@ -222,10 +227,14 @@ class Builder:
 
     def build_head(self, name: str, section: Any, encoder: Encoder, masker: Masker) -> Head:
         where = "" if self.recipe.heads is None else f"heads.{name}."
-        target: Target = self.make("target", where + "target", section.target, self.specs)
-        specs = replace(self.specs, target=target.spec)
+        with self.slot(where + "view"):
+            seen = self.specs.also(encoder=encoder.spec.of(section.view), head_view=section.view)
+            if section.view not in masker.spec.views:
+                raise ValueError(f"masker '{masker.name}' masks {', '.join(masker.spec.views)}, not '{section.view}'")
+        target: Target = self.make("target", where + "target", section.target, seen)
+        specs = seen.also(target=target.spec)
         decoder: Decoder = self.make("decoder", where + "decoder", section.decoder, specs)
-        specs = replace(specs, pred=decoder.spec)
+        specs = specs.also(pred=decoder.spec)
         loss: Loss = self.make("loss", where + "loss", section.loss, specs)
         sides = f"decoder '{decoder.name}' and target '{target.name}'"
         if lacking := encoder.spec.lacks(decoder.ask):
@@ -251,7 +260,7 @@ class Builder:
                     f"targets of size {target.spec.dim} on grid {target.spec.grid}"
                 )
                 raise self.misfit(where + "decoder", text)
-        return Head(target, decoder, loss, section.weight)
+        return Head(target, decoder, loss, section.weight, section.view)
 
     def check_masker(self, masker: Masker, encoder: Encoder) -> None:
         sides = f"masker '{masker.name}' and encoder '{encoder.name}' do not fit"
@@ -291,7 +300,7 @@ class Builder:
         return component
 
     def publish(self, **specs: Any) -> None:
-        self.specs = replace(self.specs, **specs)
+        self.specs = self.specs.also(**specs)
 
     def misfit(self, where: str, text: str) -> RecipeError:
         return RecipeError(f"{self.recipe.location(where)}: {text}")

@@ -9,8 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim_framework.assembly.builder import Model, build_model, build_optimizers
-from mim_framework.assembly.preflight import failures_as_recipe_errors, make_step
+from mim_framework.assembly.preflight import failures_as_recipe_errors
 from mim_framework.base.errors import RecipeError
+from mim_framework.base.precision import uses_bfloat16
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 
@@ -51,20 +52,18 @@ def measure_cost(recipe: Recipe, registry: Registry) -> Cost:
 def _count(recipe: Recipe, model: Model, device: torch.device) -> Cost:
     batch_size = 2
     positions = torch.arange(batch_size).to(device)
-    step = make_step(recipe, positions, teachers=model.teachers.session(), phase=recipe.phase_names()[0])
+    engine = model.engine(device, bfloat16=device.type == "cpu" and uses_bfloat16(recipe.train.precision, device))
+    step = engine.step(seed=recipe.seed, positions=positions, phase=recipe.phase_names()[0])
     with failures_as_recipe_errors(recipe), FlopCounterMode(display=False) as counter:
-        for component in model.objective.components():
-            component.begin_step(step)
         batch = {name: tensor.to(device) for name, tensor in model.views.example(batch_size).items()}
-        loss = sum(model.objective(step, model.views.prepare(step, batch)).values())
+        loss = sum(engine.forward(step, batch).losses.values())
         forward = counter.get_total_flops()
         loss.backward()
     build_optimizers(recipe, model.objective, recipe.train.total_batch_size)
-    parts = {"encoder": model.specs.encoder} if hasattr(model.objective, "encoder") else {}
     parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in model.objective.named_children()}
     if model.teachers.sections:
         parameters["teachers"] = sum(p.numel() for p in model.teachers.parameters())
-    positions = parts["encoder"].grid.num_patches if parts else 0
+    positions = 0 if model.objective.encoder is None else model.specs.encoder.grid.num_patches
     hidden = round(model.specs.masker.num_hidden * positions / model.specs.masker.grid.num_patches)
     return Cost(
         parameters={name: count for name, count in parameters.items() if count},

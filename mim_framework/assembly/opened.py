@@ -51,7 +51,7 @@ def load_run(run_dir: Path, *, checkpoint: Path | None = None, registry: Registr
         CheckpointError: if there is no whole checkpoint, or it does not fit.
     """
     registry = registry or Registry()
-    recipe, device = _recipe_of_run(run_dir, registry)
+    recipe, device = recipe_of_run(run_dir, registry)
     # A frozen teacher's weights are where the recipe says; those of the model are in the checkpoint.
     model = build_model(recipe.model_copy(update={"init": None}), registry)
     found = _checkpoint_of_run(run_dir, checkpoint)
@@ -75,7 +75,7 @@ def load_encoder(run_dir: Path, *, checkpoint: Path | None = None, registry: Reg
         CheckpointError: if there is no whole checkpoint, its model has no part named `encoder`, or it does not fit.
     """
     registry = registry or Registry()
-    recipe, device = _recipe_of_run(run_dir, registry)
+    recipe, device = recipe_of_run(run_dir, registry)
     _, _, trained = _built_encoder(recipe, registry)
     found = _checkpoint_of_run(run_dir, checkpoint)
     weights = named_part(found.tensors("model"), "encoder.", found.path)
@@ -95,7 +95,7 @@ def _built_encoder(recipe: Recipe, registry: Registry) -> tuple[Builder, ViewBui
         return builder, builder.build_views(), builder.build_encoder()
 
 
-def _recipe_of_run(run_dir: Path, registry: Registry) -> tuple[Recipe, torch.device]:
+def recipe_of_run(run_dir: Path, registry: Registry) -> tuple[Recipe, torch.device]:
     file = run_dir / "recipe.yaml"
     if not file.is_file():
         raise RecipeError(f"{run_dir} is no run directory: it has no recipe.yaml")

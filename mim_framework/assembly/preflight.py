@@ -11,7 +11,7 @@ import torch
 from mim_framework.assembly.builder import Model
 from mim_framework.assembly.weights import some
 from mim_framework.base.errors import MimError, RecipeError
-from mim_framework.contract.components import Masker
+from mim_framework.contract.records import Outcome, common_count
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
 from mim_framework.recipe.recipe import Recipe
@@ -38,8 +38,8 @@ def failures_as_recipe_errors(recipe: Recipe) -> Iterator[None]:
         raise RecipeError(f"{recipe.location('')}: the model fails on a made-up batch: {what}") from error
 
 
-def preflight(model: Model, device: torch.device) -> dict[str, float]:
-    """One made-up batch of two images through forward and backward; returns its losses.
+def preflight(model: Model, device: torch.device, *, bfloat16: bool = False) -> dict[str, float]:
+    """One made-up batch of two images through forward and backward, in the precision of the run; returns its losses.
 
     It leaves no gradient behind, and the buffers as they were: running statistics are not for made-up images.
 
@@ -47,25 +47,26 @@ def preflight(model: Model, device: torch.device) -> dict[str, float]:
         RecipeError: if a component fails, a mask breaks its promise, or a trainable parameter gets no gradient.
     """
     objective, recipe = model.objective, model.recipe
+    engine = model.engine(device, bfloat16=bfloat16)
     positions = torch.arange(2, device=device)
     batch = {name: tensor.to(device) for name, tensor in model.views.example(2).items()}
     got_gradient: set[str] = set()
-    losses: dict[str, torch.Tensor] = {}
+    outcome = Outcome({})
     buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
         for phase in recipe.phase_names():
-            step = make_step(recipe, positions, phase=phase, teachers=model.teachers.session())
+            step = engine.step(seed=recipe.seed, positions=positions, phase=phase)
             with failures_as_recipe_errors(recipe):
-                views = model.views.prepare(step, batch)
-                for component in objective.components():
-                    component.begin_step(step)
-                masker = getattr(objective, "masker", None)
-                if isinstance(masker, Masker):  # an objective of its own may call anything so
-                    for mask in masker(step, views).masks.values():
+                if objective.masker is not None:
+                    for component in engine.components:
+                        component.begin_step(step)
+                    for mask in objective.masker(step, engine.prepare(step, batch)).masks.values():
                         mask.validate()
-                losses = objective(step, views)
-                sum(losses.values(), start=torch.zeros((), device=device)).backward()
+                outcome = engine.forward(step, batch)
+                if recipe.train.average == "over_positions":
+                    common_count(outcome)
+                sum(outcome.losses.values(), start=torch.zeros((), device=device)).backward()
             got_gradient |= {name for name, p in objective.named_parameters() if p.grad is not None}
             objective.zero_grad(set_to_none=True)
     with torch.no_grad():
@@ -77,4 +78,4 @@ def preflight(model: Model, device: torch.device) -> dict[str, float]:
             f"{recipe.location('')}: trainable parameters that no loss reaches: {some(idle)}. They would stop "
             "distributed training; create them only if the recipe uses them, or set requires_grad=False"
         )
-    return {name: loss.item() for name, loss in losses.items()}
+    return {name: loss.item() for name, loss in outcome.losses.items()}

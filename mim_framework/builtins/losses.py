@@ -12,8 +12,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss
 from mim_framework.base.section import Section
 from mim_framework.contract.components import Loss
 from mim_framework.contract.mask import Mask
-from mim_framework.contract.records import Latent, Pred
-from mim_framework.contract.specs import Specs
+from mim_framework.contract.records import Latent, Measured, Pred
 
 
 def align(pred: Pred, target: Tensor | Pred) -> tuple[Tensor, Tensor]:
@@ -22,6 +21,14 @@ def align(pred: Pred, target: Tensor | Pred) -> tuple[Tensor, Tensor]:
         target = Pred(target, pred.grid)
     ids = pred.ids if pred.ids is not None else target.ids
     return pred.at(ids), target.at(ids)
+
+
+def num_predicted(ids: Tensor | None, mask: Mask) -> Tensor | float:
+    """What `masked_mean` divides by: positions to predict in the micro-batch, or the sum of their weights."""
+    if mask.equal and mask.predict is None:
+        return float(len(mask.hidden) * mask.num_hidden)
+    weights = mask.where if ids is None else mask.where.gather(1, ids)
+    return weights.sum()
 
 
 def masked_mean(per_position: Tensor, ids: Tensor | None, mask: Mask) -> Tensor:
@@ -38,15 +45,17 @@ def masked_mean(per_position: Tensor, ids: Tensor | None, mask: Mask) -> Tensor:
 class PositionLoss(Loss):
     """A loss that is a mean over the predicted positions of the whole micro-batch."""
 
-    def forward(self, pred: Pred, target: Tensor | Pred | Any, mask: Mask, latent: Latent) -> Tensor:
+    def forward(self, pred: Pred, target: Tensor | Pred | Any, mask: Mask, latent: Latent) -> Measured:
         values, wanted = align(pred, target)
         ids = pred.ids if pred.ids is not None or not isinstance(target, Pred) else target.ids
         values, mask = values.float(), mask.at(pred.grid)
-        self.observe(values.detach(), wanted, ids, mask)
-        return masked_mean(self.per_position(values, wanted), ids, mask)
+        metrics = self.measures(values.detach(), wanted, ids, mask)
+        loss = masked_mean(self.per_position(values, wanted), ids, mask)
+        return Measured(loss, metrics, num_predicted(ids, mask))
 
-    def observe(self, values: Tensor, wanted: Tensor, ids: Tensor | None, mask: Mask) -> None:
-        """For measures beside the loss; arguments as in `per_position` and `masked_mean`."""
+    def measures(self, values: Tensor, wanted: Tensor, ids: Tensor | None, mask: Mask) -> dict[str, Tensor]:
+        """Scalars worth logging beside the loss; arguments as in `per_position` and `masked_mean`."""
+        return {}
 
     @abstractmethod
     def per_position(self, values: Tensor, wanted: Tensor) -> Tensor:
@@ -83,8 +92,8 @@ class CosineLoss(PositionLoss):
 class CrossEntropyLoss(PositionLoss):
     """Cross-entropy of logits against token ids or probabilities (BEiT).
 
-    Metric `accuracy`: share of the predicted positions whose likeliest class is the target's, of the last micro-batch
-    on this rank. BEiT's stays near 5 %, that is no fault.
+    Metric `accuracy`: share of the predicted positions whose likeliest class is the target's. BEiT's stays near 5 %,
+    that is no fault.
     """
 
     name = "cross_entropy"
@@ -96,16 +105,9 @@ class CrossEntropyLoss(PositionLoss):
 
     config: Config
 
-    def __init__(self, config: Section, specs: Specs) -> None:
-        super().__init__(config, specs)
-        self.accuracy: Tensor | None = None
-
-    def observe(self, values: Tensor, wanted: Tensor, ids: Tensor | None, mask: Mask) -> None:
+    def measures(self, values: Tensor, wanted: Tensor, ids: Tensor | None, mask: Mask) -> dict[str, Tensor]:
         likeliest = wanted if wanted.ndim == 2 else wanted.argmax(-1)
-        self.accuracy = masked_mean((values.argmax(-1) == likeliest).float(), ids, mask)
-
-    def metrics(self) -> dict[str, Tensor]:
-        return {} if self.accuracy is None else {"accuracy": self.accuracy}
+        return {"accuracy": masked_mean((values.argmax(-1) == likeliest).float(), ids, mask)}
 
     def per_position(self, values: Tensor, wanted: Tensor) -> Tensor:
         flat = cross_entropy(  # one long batch is twice as fast as classes along dimension 1

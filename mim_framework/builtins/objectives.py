@@ -1,4 +1,4 @@
-"""The order of a training step over the five slots. `trainer.py` calls it; the two files are the whole step."""
+"""The order of a step over the five slots. `training/trainer.py` calls it; both are one whole step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from mim_framework.base.section import Section
 from mim_framework.contract.components import Objective, Parts
-from mim_framework.contract.mask import Mask
-from mim_framework.contract.records import Ask, Latent, Masked, Views
+from mim_framework.contract.records import Ask, Latent, Masked, Measured, Outcome, Views
 from mim_framework.contract.step import Step
 
 
@@ -29,20 +28,26 @@ class MaskedPrediction(Objective):
         self.heads = nn.ModuleDict(parts.heads)
         self.ask = reduce(or_, (head.decoder.ask for head in parts.heads.values()), Ask())
 
-    def forward(self, step: Step, views: Views) -> dict[str, Tensor]:
+    def forward(self, step: Step, views: Views) -> Outcome:
         masked = self.masker(step, views)
         targets = {name: head.target(step, masked) for name, head in self.heads.items()}
-        mask = masked.masks["x"]
-        latent = self.encode(masked.views["x"], mask)
-        losses = self.losses_beside_heads(masked, latent)
+        latent = self.encode(masked)
+        found = Outcome(self.losses_beside_heads(masked, latent), {}, {})
         for name, head in self.heads.items():
-            pred = head.decoder(latent, mask)
-            losses[name] = step.value(head.weight) * head.loss(pred, targets[name], mask, latent)
-        return losses
+            self.add(found, name, head.measure(masked, latent, targets[name]), step.value(head.weight))
+        return found
 
-    def encode(self, view: Tensor, mask: Mask) -> Latent:
-        """What the heads see of a masked view; an objective that refines the encoder's answer overrides this."""
-        return self.encoder(view, mask, self.ask)
+    def encode(self, masked: Masked) -> Latent:
+        """What the heads see of masked views; an objective that refines the encoder's answer overrides this."""
+        return self.encoder.encode(masked.views, masked.masks, self.ask)
+
+    @staticmethod
+    def add(outcome: Outcome, name: str, measured: Measured, weight: float = 1.0) -> None:
+        """A head's loss with its weight, and what was measured beside it, into the outcome of a micro-batch."""
+        outcome.losses[name] = weight * measured.loss
+        outcome.metrics.update({f"heads.{name}.loss/{key}": value for key, value in measured.metrics.items()})
+        if measured.count is not None:
+            outcome.counts[name] = measured.count
 
     def losses_beside_heads(self, masked: Masked, latent: Latent) -> dict[str, Tensor]:
         """What masker and encoder have to minimise themselves.

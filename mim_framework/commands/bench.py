@@ -14,7 +14,7 @@ import torch
 from mim_framework.assembly.builder import build_model, build_optimizers, build_source
 from mim_framework.assembly.cost import matmul_peak, measure_cost, synchronize
 from mim_framework.assembly.length import batch_layout
-from mim_framework.assembly.preflight import make_step, preflight
+from mim_framework.assembly.preflight import preflight
 from mim_framework.base.precision import uses_bfloat16
 from mim_framework.data.loader import Batch, Loader
 from mim_framework.recipe.recipe import Recipe
@@ -47,9 +47,9 @@ class Stopwatch:
 def run_bench(recipe: Recipe, registry: Registry, *, data: Data = "synthetic", steps: int = 10, warmup: int = 3) -> str:
     """Time training steps on one rank with the recipe's micro-batch, and return the table as text.
 
-    A step is made of the parts of `Trainer.train_step`, in its order: `prepare` of the views, the objective under
-    autocast, backward, then every optimizer's `schedule`, `clip` and `step`, once per phase. Left out are accumulation,
-    the reduction over ranks, logging and the movement of teachers.
+    A step is that of `Trainer.train_step`: the same `StepEngine.forward`, backward, then every optimizer's `schedule`,
+    `clip` and `step`, once per phase. Left out are accumulation, the reduction over ranks, logging and the movement of
+    teachers.
 
     Args:
         data: `synthetic` repeats one made-up batch, `real` reads the recipe's source, `loader-only` only reads.
@@ -73,13 +73,12 @@ def run_bench(recipe: Recipe, registry: Registry, *, data: Data = "synthetic", s
         rate = layout.batch_size / watch.median("data", warmup)
         return f"loader only  {rate:,.1f} images/s, micro-batch {layout.batch_size}"
 
-    preflight(model, device)
     bfloat16 = uses_bfloat16(recipe.train.precision, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, bfloat16)
+    preflight(model, device, bfloat16=bfloat16)
+    engine = model.engine(device, bfloat16=bfloat16)
     optimizers = build_optimizers(recipe, model.objective, layout.total_batch_size)
-    components = list(model.objective.components())
     if recipe.train.compile:
-        compile_blocks(block for component in components for block in component.repeated_blocks())
+        compile_blocks(block for component in engine.components for block in component.repeated_blocks())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for index in range(warmup + steps):
@@ -87,25 +86,17 @@ def run_bench(recipe: Recipe, registry: Registry, *, data: Data = "synthetic", s
             batch = next(batches)
         for phase in recipe.named_phases():
             with watch.stage("forward"):
-                session = model.teachers.session(bfloat16=bfloat16)
-                step = make_step(recipe, batch.positions, index=index, phase=phase.name, teachers=session)
-                views = model.views.prepare(step, batch.views)
-                for component in components:
-                    component.begin_step(step)
-                with autocast:
-                    losses = model.objective(step, views)
-                loss = sum(losses.values())
+                step = engine.step(seed=recipe.seed, positions=batch.positions, index=index, phase=phase.name)
+                loss = sum(engine.forward(step, batch.views).losses.values())
             with watch.stage("backward"):
                 (phase.sign * loss).backward()
             with watch.stage("optimizer"):
-                for component in components:
-                    component.before_step(step)
+                engine.before_step(step)
                 for optimizer in [optimizers[name] for name in phase.optimizers]:
                     optimizer.schedule(step)
                     optimizer.clip()
                     optimizer.step()
-                for component in components:
-                    component.after_step(step)
+                engine.after_step(step)
                 model.objective.zero_grad(set_to_none=True)
 
     memory = peak_memory(device)

@@ -9,7 +9,7 @@ from mim_framework.base.precision import uses_bfloat16
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import choose_device
-from mim_framework.train.directory import run_directory
+from mim_framework.training.directory import run_directory
 
 
 def report(recipe: Recipe, registry: Registry, *, world_size: int = 1) -> str:

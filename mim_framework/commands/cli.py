@@ -146,7 +146,7 @@ def run(
                 rdzv_id=rdzv_id,
             )
             return
-    from mim_framework.train.trainer import train
+    from mim_framework.training.trainer import train
 
     directory = train(checked, settings.registry, fresh=fresh)
     if os.environ.get("RANK", "0") == "0":
@@ -205,6 +205,19 @@ def tokenize(settings: Settings, recipe: str, overrides: tuple[str, ...], output
 
     facts = run_tokenize(checked, settings.registry, output, report=click.echo)
     click.echo(f"{facts.num_images:,} images x {facts.views_per_image} views: use data.tokens={output}")
+
+
+@main.command()
+@RUN
+@click.option("--step", type=click.IntRange(min=0), help="By default the last one of nonfinite.jsonl.")
+@click.option("--from-start", is_flag=True, help="Repeat all steps, where no checkpoint before it is kept.")
+@click.option("--images", type=click.Path(path_type=Path), help="Folder to write the images of the step to.")
+@click.pass_obj
+def replay(settings: Settings, run: Path, step: int | None, from_start: bool, images: Path | None) -> None:
+    """Repeat a step of a run and name the first module whose output is not finite."""
+    from mim_framework.commands.replay import replay as repeat
+
+    click.echo(repeat(run, step, from_start=from_start, images=images, registry=settings.registry, report=click.echo))
 
 
 # --- what is installed -----------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def reconstruct_run(
         step = make_step(run.recipe, position[None], teachers=run.teachers.session())
         rows = reconstruct(run.objective, run.views, step, {"x": view[None].to(run.device)})
         if rows is None:
-            heads = getattr(run.objective, "heads", {})
+            heads = run.objective.heads
             targets = ", ".join(f"'{head.target.name}'" for head in heads.values()) or "of its own"
             raise MimError(f"{run_dir} has no picture to show: its target {targets} predicts no pixels of an image")
         target = _unused(output / f"{path.stem}.png", written)

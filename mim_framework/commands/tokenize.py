@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mim_framework.assembly.builder import Model, build_model, build_source, decides_pixels
-from mim_framework.assembly.preflight import make_step
 from mim_framework.base.errors import DataError, RecipeError
 from mim_framework.base.precision import uses_bfloat16
 from mim_framework.contract.components import Source, Target
@@ -24,6 +23,7 @@ from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import choose_device
 from mim_framework.runtime.sharding import compile_blocks
+from mim_framework.runtime.step import StepEngine
 
 BATCH_SIZE = 64
 """Images per forward pass where the recipe has no `train.batch_size`."""
@@ -56,7 +56,7 @@ def tokenize(
     target = _target_of_ids(recipe, model)
     if recipe.train.compile:
         compile_blocks(model.teachers.repeated_blocks())
-    bfloat16 = uses_bfloat16(recipe.train.precision, device)
+    engine = model.engine(device, bfloat16=uses_bfloat16(recipe.train.precision, device))
     facts = TokenFacts(
         num_images=len(source),
         views_per_image=recipe.data.views_per_image,
@@ -65,7 +65,7 @@ def tokenize(
         seed=recipe.seed,
         views_of=decides_pixels(recipe),
         tokenizer=recipe.tokenizer or "",
-        precision="bfloat16" if bfloat16 else "float32",
+        precision="bfloat16" if engine.bfloat16 else "float32",
     )
     writer = TokenWriter(output, facts)
     batch_size = recipe.train.batch_size or min(BATCH_SIZE, recipe.train.total_batch_size)
@@ -76,7 +76,7 @@ def tokenize(
     for (number, _), indices, batch in _read(recipe, source, model, requests):
         if batch is not None:
             on_device = {name: view.to(device, non_blocking=True) for name, view in batch.items()}
-            writer.put(indices, number, _ids(model, target, recipe, on_device, bfloat16))
+            writer.put(indices, number, _ids(engine, target, recipe.seed, on_device))
         done += batch_size
         now = time.monotonic()
         if now - last > REPORT_SECONDS:
@@ -86,16 +86,15 @@ def tokenize(
 
 
 @torch.no_grad()
-def _ids(model: Model, target: Target, recipe: Recipe, batch: dict[str, Tensor], bfloat16: bool) -> Tensor:
+def _ids(engine: StepEngine, target: Target, seed: int, batch: dict[str, Tensor]) -> Tensor:
     """(B, N) of a batch before `prepare`."""
     size = len(next(iter(batch.values())))
-    positions = torch.arange(size, device=next(iter(batch.values())).device)
-    step = make_step(recipe, positions, teachers=model.teachers.session(bfloat16=bfloat16))
-    return target(step, Masked({}, model.views.prepare(step, batch)))
+    step = engine.step(seed=seed, positions=torch.arange(size, device=engine.device))
+    return target(step, Masked({}, engine.prepare(step, batch)))
 
 
 def _target_of_ids(recipe: Recipe, model: Model) -> Target:
-    heads = getattr(model.objective, "heads", {})
+    heads = model.objective.heads
     targets = [head.target for head in heads.values() if head.target.spec.kind == "ids"]
     if len(targets) != 1:
         found = ", ".join(f"'{head.target.name}'" for head in heads.values()) or "none"

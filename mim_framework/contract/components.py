@@ -7,7 +7,7 @@ orders them; views and sources bring the data. Every base class says what a subc
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Literal
@@ -20,12 +20,12 @@ from mim_framework.base.precision import without_autocast
 from mim_framework.base.schedule import Curve
 from mim_framework.base.section import Section
 from mim_framework.contract.mask import Mask
-from mim_framework.contract.records import Ask, Latent, Masked, Pred, Sample, Views
+from mim_framework.contract.records import Ask, Latent, Masked, Measured, Outcome, Pred, Sample, Views
 from mim_framework.contract.specs import EncoderSpec, Kind, MaskerSpec, PredSpec, Specs, TargetSpec, ViewSpec
 from mim_framework.contract.step import Step
 
-API_VERSION = "1"
-"""Version of the plugin contract. A plugin module may set `requires_api = "1"`; another version is refused."""
+API_VERSION = "2"
+"""Version of the plugin contract. A plugin module may set `requires_api = "2"`; another version is refused."""
 
 EMBEDDINGS = frozenset({"patch_embed", "pos_embed", "cls_token", "mask_token", "reg_token"})
 """Names of what stands before the first block of an encoder."""
@@ -76,7 +76,10 @@ class Component(nn.Module):
         return {}
 
     def metrics(self) -> dict[str, Tensor]:
-        """Scalars worth logging, read only when a line is logged; detached."""
+        """Scalars of its own parameters and buffers worth logging, read only when a line is logged; detached.
+
+        What is measured of a batch is returned with the loss instead: `Measured`, `Outcome`.
+        """
         return {}
 
     def pictures(self) -> dict[str, Tensor]:
@@ -88,6 +91,11 @@ class Component(nn.Module):
 
         For what begins from data, such as a codebook; without gradients, on every rank. Ranks must end up equal.
         """
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it begins from data, so that the batches of the first step are kept for `calibrate`."""
+        return type(self).calibrate is not Component.calibrate
 
     def begin_step(self, step: Step) -> None:
         """Called before the forward pass of every micro-batch of training: the place to read a schedule's value."""
@@ -113,7 +121,8 @@ class Masker(Component):
 class Encoder(Component):
     """Turns a view under a mask into tokens: drops the hidden ones, replaces them, or mixes. Set `self.spec`.
 
-    Call `mask = mask.at(self.spec.grid)` first: a masker may draw on coarser units than tokens.
+    Call `mask = mask.at(self.spec.grid)` first: a masker may draw on coarser units than tokens. Of several masks of a
+    sample each gives a row of tokens: `mask.per_mask`. An encoder of several views at once is a `JointEncoder`.
     """
 
     kind = "encoder"
@@ -141,6 +150,10 @@ class Encoder(Component):
                 return number + 1
         return self.num_layers - 1 if EMBEDDINGS.isdisjoint(name.split(".")) else 0
 
+    def encode(self, views: Views, masks: dict[str, Mask], ask: Ask = Ask()) -> Latent:
+        """What an objective calls: the pass over the view "x", or over all views of an encoder that joins them."""
+        return self(views["x"], masks["x"], ask)
+
     def load_published(self) -> None:
         """Load the weights that options name and that somebody else has published.
 
@@ -155,12 +168,34 @@ class Encoder(Component):
         return x
 
 
+class JointEncoder(Encoder):
+    """An encoder that joins several views into one sequence (RGB and depth). Set `self.spec`, with `spec.views`.
+
+    `Latent.stretches` says which tokens are whose; a head sees the stretch of the view that it predicts.
+    """
+
+    @abstractmethod
+    def forward(self, views: Views, masks: dict[str, Mask], ask: Ask = Ask()) -> Latent:  # type: ignore[override]
+        """views by name, each (B, *shape of its spec), under their masks -> tokens, and what `ask` wants besides."""
+
+    def encode(self, views: Views, masks: dict[str, Mask], ask: Ask = Ask()) -> Latent:
+        """The pass over all views of `spec.views`."""
+        return self(views, masks, ask)
+
+
 class Target(Component):
-    """What should be predicted. Set `self.spec`. May return values at the predicted positions only, as a `Pred`."""
+    """What should be predicted. Set `self.spec`. May return values at the predicted positions only, as a `Pred`.
+
+    `self.view` is the view that its head predicts.
+    """
 
     kind = "target"
     full_precision = True
     spec: TargetSpec
+
+    def __init__(self, config: Section, specs: Specs) -> None:
+        super().__init__(config, specs)
+        self.view = specs.head_view
 
     @abstractmethod
     def forward(self, step: Step, masked: Masked) -> Tensor | Pred | dict[str, Any]:
@@ -202,22 +237,44 @@ class Loss(Component):
     full_precision = True
     accepts: ClassVar[frozenset[Kind]] = frozenset({"dense"})
     """Kinds of target that make sense; anything else is refused when the recipe is checked."""
+    sees_views: ClassVar[bool] = False
+    """True if `forward` takes the keyword `masked` too: the views, for a loss over the whole image."""
 
     @abstractmethod
-    def forward(self, pred: Pred | Any, target: Tensor | Pred | Any, mask: Mask, latent: Latent) -> Tensor:
-        """A scalar, over the positions `mask.at(pred.grid).where`; `pred` and `target` may hold only these."""
+    def forward(self, pred: Pred | Any, target: Tensor | Pred | Any, mask: Mask, latent: Latent) -> Tensor | Measured:
+        """A scalar, over the positions `mask.at(pred.grid).where`; `pred` and `target` may hold only these.
+
+        With measures beside it as a `Measured`.
+        """
 
 
 class Head(nn.Module):
-    """One prediction of a recipe: its target, decoder and loss, and the weight of its loss (a number or a schedule)."""
+    """One prediction of a recipe: its target, decoder and loss, the weight of its loss (a number or a schedule).
+
+    `view`: the view that it predicts.
+    """
 
     target: Target
     decoder: Decoder
     loss: Loss
 
-    def __init__(self, target: Target, decoder: Decoder, loss: Loss, weight: Curve | float = 1.0) -> None:
+    def __init__(
+        self, target: Target, decoder: Decoder, loss: Loss, weight: Curve | float = 1.0, view: str = "x"
+    ) -> None:
         super().__init__()
-        self.target, self.decoder, self.loss, self.weight = target, decoder, loss, weight
+        self.target, self.decoder, self.loss, self.weight, self.view = target, decoder, loss, weight, view
+
+    def measure(self, masked: Masked, latent: Latent, target: Any, decoder: Decoder | None = None) -> Measured:
+        """Decode what the encoder made of this head's view, and compare; not weighted yet.
+
+        Args:
+            latent: of all views.
+            decoder: in the place of the head's own.
+        """
+        mask, own = masked.masks[self.view], latent.of(self.view)
+        pred = (self.decoder if decoder is None else decoder)(own, mask)
+        extra = {"masked": masked} if self.loss.sees_views else {}
+        return Measured.of(self.loss(pred, target, mask, own, **extra))
 
 
 @dataclass
@@ -234,17 +291,34 @@ class Parts:
 class Objective(Component):
     """The order of a step. The one module that DDP or FSDP wraps; one call is one forward.
 
-    A method with an order of its own subclasses this; every part that trains must be registered as a submodule.
+    A method with an order of its own subclasses this; every part that trains must be registered as a submodule. The
+    core looks for these attributes, which are None or empty where a method has no such part:
+
+    - `encoder`: what evaluations, export, `init` of later runs and `step.detached` use;
+    - `masker`: whose masks the preflight and the contract tests check;
+    - `heads`: whose targets give token ids and pictures.
     """
 
     kind = "objective"
 
+    encoder: Encoder | None
+    masker: Masker | None
+    heads: Mapping[str, Head]
+
     def __init__(self, config: Section, parts: Parts) -> None:
         super().__init__(config, parts.specs)
+        self.encoder, self.masker, self.heads = None, None, {}
 
     @abstractmethod
-    def forward(self, step: Step, views: Views) -> dict[str, Tensor]:
-        """The losses of this micro-batch, already weighted; the trainer minimises their sum."""
+    def forward(self, step: Step, views: Views) -> dict[str, Tensor] | Outcome:
+        """The losses of this micro-batch, already weighted; the trainer minimises their sum.
+
+        With measures beside them as an `Outcome`.
+        """
+
+    def encode(self, masked: Masked) -> Latent | None:
+        """What the heads see of masked views; None of an order that nobody else can follow: it has no pictures then."""
+        return None
 
     def components(self) -> Iterable[Component]:
         """All components inside, this one included."""

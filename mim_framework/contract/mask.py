@@ -15,7 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """The positions of a token sequence: (rows, columns), (frames, rows, columns) or (groups,), in raster order."""
+    """The positions of a token sequence, axis by axis, in raster order.
+
+    (rows, columns) of an image, (frames, rows, columns) of a clip, (groups,) of a cloud of points. `()` is the image as
+    a whole: one position, at which labels and pooled features stand.
+    """
 
     shape: tuple[int, ...]
 
@@ -25,7 +29,7 @@ class Grid:
         return prod(self.shape)
 
     def __str__(self) -> str:
-        return "x".join(str(n) for n in self.shape)
+        return "x".join(str(n) for n in self.shape) or "of the whole image"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +37,9 @@ class Mask:
     """What the encoder must not see, and what must be predicted.
 
     `hidden` (B, N) bool, True = the encoder must not see the position. One convention, always; floats are refused.
-    `predict` (B, N) bool or float weights; None = exactly the hidden positions.
+    `predict` (B, N) bool or float weights; None = exactly the hidden positions. It may be any subset of the grid.
+    `max_predict`: a number of predicted positions that no row exceeds, so that heads can work on these alone
+    (`ids_predict`); without it a `predict` of its own makes them work on every position.
     `equal` promises that every row hides the same number, `shared` that all rows are the same; both are checked by
     `validate()`, which the preflight and the contract tests call (it reads the device, a training step does not).
     `num_hidden`: hidden positions per row of an `equal` mask, None for others. Give it: counting waits for the device.
@@ -41,6 +47,9 @@ class Mask:
     `partner` (B,) int64: the row whose patches stand at this row's hidden positions, where a masker has mixed images
     (`MaskerSpec.mixes`); None = hidden positions hold nothing. Partners are mutual and hide the same positions, so that
     each row shows what the other hides.
+    Several masks of a sample stand one after the other: `hidden` (M * B, N), the first masks of all samples, then the
+    second ones; the encoder's rows are then those of the masks (`per_mask`). Several sets of positions to predict from
+    one pass stand so in `predict` (S * B, N) alone (I-JEPA): what heads and targets give has these rows (`per_set`).
     Gather indices are derived here and cached, never stored by a masker as a second truth.
     """
 
@@ -52,6 +61,7 @@ class Mask:
     num_hidden: int | None = None
     partner: Tensor | None = None
     max_hidden: int | None = None
+    max_predict: int | None = None
     _ids_shuffle: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -62,8 +72,13 @@ class Mask:
                 f"Mask.hidden has shape {tuple(self.hidden.shape)}, "
                 f"the grid {self.grid} needs (B, {self.grid.num_patches})"
             )
-        if self.predict is not None and self.predict.shape != self.hidden.shape:
-            raise ValueError(f"Mask.predict has shape {tuple(self.predict.shape)}, hidden {tuple(self.hidden.shape)}")
+        if self.predict is not None and (
+            self.predict.shape[1:] != self.hidden.shape[1:] or len(self.predict) % len(self.hidden)
+        ):
+            raise ValueError(
+                f"Mask.predict has shape {tuple(self.predict.shape)}, hidden {tuple(self.hidden.shape)}: it needs as "
+                "many positions, and as many rows or a multiple of them"
+            )
         if self.equal and self.num_hidden is None:
             object.__setattr__(self, "num_hidden", int(self.hidden[0].sum()))
 
@@ -115,15 +130,13 @@ class Mask:
     def ids_predict(self) -> Tensor | None:
         """(B, M) positions that heads may restrict themselves to, or None = work on every position.
 
-        A row that hides fewer than `max_hidden` is filled up with visible positions, where `where` is 0.
+        A row that predicts fewer than the bound is filled up with other positions, where `where` is 0.
         """
         if self.predict is not None:
-            return None
+            return None if self.max_predict is None else _first(self.predict > 0, self.max_predict)
         if self.equal:
             return self.ids_hidden if self.num_hidden > 0 else None
-        if self.max_hidden is None:
-            return None
-        return (~self.hidden).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.max_hidden]
+        return None if self.max_hidden is None else _first(self.hidden, self.max_hidden)
 
     @property
     def where(self) -> Tensor:
@@ -134,23 +147,37 @@ class Mask:
         """The same mask, with the promise that all rows are equal."""
         return replace(self, shared=True)
 
-    def predicting(self, predict: Tensor | None) -> Mask:
-        """The same mask with other positions to predict."""
-        return replace(self, predict=predict)
+    @property
+    def num_sets(self) -> int:
+        """Sets of positions to predict from one pass of the encoder; 1 where heads follow the rows of `hidden`."""
+        return 1 if self.predict is None else len(self.predict) // len(self.hidden)
+
+    def per_mask(self, values: Tensor) -> Tensor:
+        """values (B, ...) of the samples -> (M * B, ...), one row for each of a sample's masks."""
+        return repeated_rows(values, len(self.hidden))
+
+    def per_set(self, values: Tensor) -> Tensor:
+        """values (B, ...) of the samples, or of their masks -> (S * B, ...), one row for each row that is predicted."""
+        return repeated_rows(values, len(self.hidden) * self.num_sets)
+
+    def predicting(self, predict: Tensor | None, max_predict: int | None = None) -> Mask:
+        """The same mask with other positions to predict, of which no row has more than `max_predict`."""
+        return replace(self, predict=predict, max_predict=max_predict)
 
     def complement(self) -> Mask:
         """Hidden and visible exchanged; predicts what is now hidden."""
         shuffle = None if self._ids_shuffle is None else self._ids_shuffle.flip(1)
         num_hidden = self.num_keep if self.equal else None
         return replace(
-            self, hidden=~self.hidden, predict=None, num_hidden=num_hidden, max_hidden=None, _ids_shuffle=shuffle
-        )
+            self, hidden=~self.hidden, predict=None, num_hidden=num_hidden, max_hidden=None, max_predict=None,
+            _ids_shuffle=shuffle,
+        )  # fmt: skip
 
     def at(self, grid: Grid) -> Mask:
         """The mask on another grid of the same image.
 
         On a finer grid every value is repeated. On a coarser one a cell is hidden if all of it is, and `predict` holds
-        the predicted share of the cell as float weights.
+        the predicted share of the cell as float weights. The image as a whole (`Grid(())`) is always predicted.
 
         Raises:
             ValueError: if one grid does not divide the other along every axis.
@@ -167,15 +194,21 @@ class Mask:
         return {}
 
     def _resample(self, grid: Grid) -> Mask:
+        if not grid.shape:
+            whole = torch.zeros_like(self.hidden[:, :1])
+            return Mask(whole, grid, ~whole, equal=True, shared=True, num_hidden=0, partner=self.partner)
         pairs = list(zip(grid.shape, self.grid.shape, strict=False))
         if len(grid.shape) != len(self.grid.shape):
             raise ValueError(f"cannot resample a mask of grid {self.grid} to {grid}: another number of axes")
         if all(new % old == 0 for new, old in pairs):
             factor = prod(new // old for new, old in pairs)
-            num_hidden, max_hidden = (None if n is None else n * factor for n in (self.num_hidden, self.max_hidden))
+            bounds = (self.num_hidden, self.max_hidden, self.max_predict)
+            num_hidden, max_hidden, max_predict = (None if n is None else n * factor for n in bounds)
             predict = None if self.predict is None else self._repeat(self.predict, grid)
             hidden = self._repeat(self.hidden, grid)
-            return Mask(hidden, grid, predict, self.equal, self.shared, num_hidden, self.partner, max_hidden)
+            return Mask(
+                hidden, grid, predict, self.equal, self.shared, num_hidden, self.partner, max_hidden, max_predict
+            )
         if all(old % new == 0 for new, old in pairs):
             hidden = self._cells(self.hidden, grid).all(-1)
             predict = self._cells(self.where, grid).float().mean(-1)
@@ -195,6 +228,11 @@ class Mask:
             raise ValueError(f"mask says equal=True but hides {counts.tolist()} positions per row")
         if self.max_hidden is not None and not bool((counts <= self.max_hidden).all()):
             raise ValueError(f"mask says max_hidden={self.max_hidden} but hides {counts.tolist()} positions per row")
+        predicted = self.where.count_nonzero(1)
+        if self.max_predict is not None and not bool((predicted <= self.max_predict).all()):
+            raise ValueError(
+                f"mask says max_predict={self.max_predict} but predicts {predicted.tolist()} positions per row"
+            )
         if self.shared and not bool((self.hidden == self.hidden[:1]).all()):
             raise ValueError("mask says shared=True but its rows differ")
         if self.partner is not None:
@@ -220,3 +258,14 @@ class Mask:
     def _require_equal(self, what: str) -> None:
         if not self.equal:
             raise ValueError(f"Mask.{what} needs a mask whose rows hide the same number (equal=True)")
+
+
+def _first(chosen: Tensor, count: int) -> Tensor:
+    """chosen (B, N) bool -> (B, count): the chosen positions in order, then others."""
+    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+
+
+def repeated_rows(values: Tensor, num_rows: int) -> Tensor:
+    """values (B, ...) -> (num_rows, ...), the whole batch again and again; as they are if there are so many already."""
+    repeats = num_rows // len(values)
+    return values if repeats == 1 else values.repeat(repeats, *[1] * (values.ndim - 1))

@@ -12,7 +12,7 @@ from mim_framework.contract.world import World
 
 
 class Run(Protocol):
-    """A run as its listeners see it; `mim_framework.train.run.Run` holds more."""
+    """A run as its listeners see it; `mim_framework.training.run.Run` holds more."""
 
     dir: Path
     recipe: Any

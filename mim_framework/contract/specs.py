@@ -3,27 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from mim_framework.contract.mask import Grid
 from mim_framework.contract.records import Ask
 
+BUILD_ORDER = ("views", "encoder", "frozen teachers", "masker", "target", "decoder", "loss")
 
-@dataclass(frozen=True)
+
 class Specs:
-    """What has been built so far, read by the components that are built next.
+    """What has been built so far, read by the components that are built next; never changed, see `also`.
 
-    Build order: views, encoder, frozen teachers, masker, target, decoder, loss. An entry that is not built yet is None.
+    Build order: views, encoder, frozen teachers, masker, target, decoder, loss. `head_view` is the view that the head
+    predicts whose parts are being built; its `encoder` is the encoder as that view sees it.
     """
 
-    views: dict[str, ViewSpec] = field(default_factory=dict)
-    teachers: dict[str, EncoderSpec] = field(default_factory=dict)
-    teacher_views: dict[str, str] = field(default_factory=dict)
-    encoder: EncoderSpec = None  # type: ignore[assignment]
-    masker: MaskerSpec = None  # type: ignore[assignment]
-    target: TargetSpec = None  # type: ignore[assignment]
-    pred: PredSpec = None  # type: ignore[assignment]
+    def __init__(
+        self,
+        views: Mapping[str, ViewSpec] | None = None,
+        teachers: Mapping[str, EncoderSpec] | None = None,
+        teacher_views: Mapping[str, str] | None = None,
+        *,
+        encoder: EncoderSpec | None = None,
+        masker: MaskerSpec | None = None,
+        target: TargetSpec | None = None,
+        pred: PredSpec | None = None,
+        head_view: str = "x",
+    ) -> None:
+        self.views = dict(views or {})
+        self.teachers = dict(teachers or {})
+        self.teacher_views = dict(teacher_views or {})
+        self.head_view = head_view
+        self._parts = {"encoder": encoder, "masker": masker, "target": target, "pred": pred}
+
+    def also(self, **changes: Any) -> Specs:
+        """The same with some entries set, by the names of the arguments."""
+        own = {"views": self.views, "teachers": self.teachers, "teacher_views": self.teacher_views}
+        return Specs(**{**own, **self._parts, "head_view": self.head_view, **changes})
+
+    @property
+    def encoder(self) -> EncoderSpec:
+        """The encoder.
+
+        Raises:
+            ValueError: as all of these, if it is not built yet.
+        """
+        return self._built("encoder", "encoder")
+
+    @property
+    def masker(self) -> MaskerSpec:
+        """The masker."""
+        return self._built("masker", "masker")
+
+    @property
+    def target(self) -> TargetSpec:
+        """The target of the head that is being built."""
+        return self._built("target", "target")
+
+    @property
+    def pred(self) -> PredSpec:
+        """The decoder's prediction, of the head that is being built."""
+        return self._built("pred", "decoder")
+
+    def _built(self, part: str, slot: str) -> Any:
+        found = self._parts[part]
+        if found is None:
+            raise ValueError(f"the {slot} is not built yet: the order is {', '.join(BUILD_ORDER)}")
+        return found
 
     def view(self, name: str) -> ViewSpec:
         """The named view.
@@ -105,7 +152,7 @@ class EncoderSpec:
     that accepts masks only of mixed images never sees an empty position).
     `num_classes`: of a tokenizer, the size of the vocabulary of the ids (B, N) that it gives as `Latent.aux["ids"]`.
     `mean`, `std`: the normalisation of the images that its weights were made for; None = that of the view it is built
-    for.
+    for. `views`: what it sees; `grids`: grid and stride of every view, where an encoder joins several.
     """
 
     dim: int
@@ -122,6 +169,19 @@ class EncoderSpec:
     num_classes: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    views: tuple[str, ...] = ("x",)
+    grids: Mapping[str, tuple[Grid, int]] = field(default_factory=dict)
+
+    def of(self, view: str) -> EncoderSpec:
+        """The encoder as one view sees it: its grid and stride.
+
+        Raises:
+            ValueError: if it does not see the view.
+        """
+        if view not in self.views:
+            raise ValueError(f"the encoder sees the views {', '.join(self.views)}, not '{view}'")
+        grid, stride = self.grids.get(view, (self.grid, self.stride))
+        return replace(self, grid=grid, stride=stride, grids={}, views=(view,))
 
     def lacks(self, ask: Ask) -> str:
         """What of `ask` this encoder cannot answer, in words; empty if it can answer all of it."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from mim_framework.base import rng
 from mim_framework.base.schedule import Curve, value_at
 from mim_framework.contract.mask import Mask
-from mim_framework.contract.records import Latent
+from mim_framework.contract.records import Ask, Latent, Views
 from mim_framework.contract.world import World
 
 
@@ -20,6 +20,13 @@ class TeacherPasses(Protocol):
 
     def encode(self, name: str, view: Tensor, mask: Mask | None = None) -> Latent:
         """The named teacher's pass over a view of the recipe, computed once however many ask for it."""
+
+
+class EncoderPasses(Protocol):
+    """The encoder that is being trained, during one step, for passes without gradients."""
+
+    def encode(self, views: Views, masks: dict[str, Mask], ask: Ask = Ask()) -> Latent:
+        """The pass over some views, computed once for the same views and masks however many ask for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +48,30 @@ class Step:
     steps_per_epoch: int | None = None
     phase: str = "main"
     teachers: TeacherPasses | None = field(default=None, repr=False)
+    current: EncoderPasses | None = field(default=None, repr=False)
 
     def rand(self, stream: str, n: int) -> Tensor:
         """(B, n) uniform float32 in [0, 1): the same for the same sample position on any rank, worker and device."""
         return rng.uniform(self.seed, stream, self.positions, n)
 
-    def rand_shared(self, stream: str, n: int) -> Tensor:
-        """(1, n) uniform float32 in [0, 1): one draw for all samples of an optimizer step, on any rank."""
-        index = torch.full((1,), self.index, device=self.positions.device)  # filled there: a copy would wait for it
-        return rng.uniform(self.seed, f"{stream} of a step", index, n)
+    def rand_batch(self, stream: str, n: int) -> Tensor:
+        """(n,) uniform float32 in [0, 1), one draw for all samples of an optimizer step: on every rank and micro-batch.
+
+        On the CPU, so that a size can be read from it (`int(...)`) without waiting for the device.
+        """
+        return rng.uniform(self.seed, f"{stream} of a step", torch.tensor([self.index]), n)[0]
+
+    def detached(self, view: Tensor, mask: Mask, ask: Ask = Ask(), name: str = "x") -> Latent:
+        """A pass of the encoder that is being trained, without gradients, over another view or mask than its own.
+
+        In the precision and mode of the run, also for a target, whose own arithmetic is full precision (CAE).
+
+        Raises:
+            ValueError: if the objective declares no encoder.
+        """
+        if self.current is None:
+            raise ValueError("this step has no encoder: the objective keeps no part as `self.encoder`")
+        return self.current.encode({name: view}, {name: mask}, ask)
 
     def teacher(self, name: str, view: Tensor, mask: Mask | None = None) -> Latent:
         """The named teacher's pass over `view`, computed once per step however many components ask for it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mim_framework.builtins.objectives import MaskedPrediction
 from mim_framework.contract.components import Objective, Target, ViewBuilder
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Pred
@@ -23,18 +22,18 @@ def reconstruct(objective: Objective, views: ViewBuilder, step: Step, batch: dic
         step: gives the masks; `step.positions` has one entry per image.
         batch: evaluation views before `prepare`, on the device.
     """
-    if not isinstance(objective, MaskedPrediction):
-        return None  # an order of its own, with parts that we do not know
-    if not set(objective.masker.spec.views) <= batch.keys():
+    if objective.masker is None or not set(objective.masker.spec.views) <= batch.keys():
         return None  # the evaluation view is "x" alone
     with evaluation_mode(objective):
         masked = objective.masker(step, views.prepare(step, batch))
         mask, clean = masked.masks["x"], masked.clean("x")
         if len(mask.hidden) != len(clean):
             return None  # several masks of an image
-        latent = objective.encode(masked.views["x"], mask)
+        latent = objective.encode(masked)
+        if latent is None:
+            return None
         for head in objective.heads.values():
-            pred = head.decoder(latent, mask)
+            pred = head.decoder(latent.of(head.view), mask)
             picture = _picture(head.target, pred, mask, clean, views) if isinstance(pred, Pred) else None
             if picture is not None:
                 break

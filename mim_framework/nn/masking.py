@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mim_framework.contract.mask import Grid, Mask
+from mim_framework.contract.mask import Grid, Mask, repeated_rows
 from mim_framework.contract.specs import Specs
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
-    """tokens (B, N, D), ids (B, K) -> (B, K, D)."""
+    """tokens (B, N, D), ids (B, K) -> (B, K, D); of several sets of ids, (S * B, K), each takes from all samples."""
+    tokens = repeated_rows(tokens, len(ids))
     return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[-1]))
 
 

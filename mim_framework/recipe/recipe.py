@@ -51,6 +51,8 @@ class HeadSection(Section):
     """One number from prediction and target."""
     weight: Schedule = 1.0
     """Factor of this head's loss in the sum."""
+    view: str = Field("x", min_length=1)
+    """The view that it predicts."""
 
 
 class Recipe(Section):

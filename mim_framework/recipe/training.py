@@ -29,6 +29,10 @@ class TrainSection(Section):
     """Replicate the model on every rank, or shard it (FSDP2)."""
     compile: bool = False
     """Compile every transformer block with `torch.compile`."""
+    average: Literal["per_micro_batch", "over_positions"] = "per_micro_batch"
+    """What a loss is divided by: each micro-batch of each rank by its own count, of which the mean is taken, as
+    official codes do; or all of them once by the sum of their counts, so that every predicted position weighs the
+    same."""
     max_nonfinite_steps: int = Field(5, ge=0)
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
 

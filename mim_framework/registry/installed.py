@@ -112,11 +112,19 @@ def plugin_fault(plugin: str, distribution: str, what: str, cure: str, leave_out
     return f"plugin '{plugin}' ({distribution}): {what}. Cure: {cure}, or leave it out with {switch}"
 
 
+CHANGED_SINCE_1 = (
+    "since 1 a loss may return Measured and an objective Outcome, an objective's encode takes a Masked, specs grow by "
+    "Specs.also, view specs have axes and size, strides one number an axis, and step.rand_shared is step.rand_batch"
+)
+
+
 def api_fault(plugin: str, distribution: str, requires_api: object) -> str:
     api = read_constant("mim_framework.contract.components", "API_VERSION")
     if requires_api is None or str(requires_api) == api:
         return ""
     what = f"it is made for plugin API {requires_api}, and mim-framework {__version__} has plugin API {api}"
+    if str(requires_api) == "1":
+        what = f"{what}; {CHANGED_SINCE_1}"
     return plugin_fault(plugin, distribution, what, f"pip install --upgrade mim-framework {distribution}")
 
 

@@ -16,6 +16,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pluggy
+
 from mim_framework.base.errors import PluginError, RecipeError, did_you_mean
 from mim_framework.contract import hooks
 from mim_framework.registry.importing import (
@@ -254,6 +256,21 @@ class Registry:
                 except PluginError as error:
                     warnings.warn(f"run events go without this plugin: {error}", RuntimeWarning, stacklevel=2)
         return self._manager.hook
+
+    def listen(self, listener: object, name: str | None = None) -> None:
+        """Tell an object about run events too: it has methods decorated with `hookimpl`, like a plugin's functions.
+
+        Args:
+            name: what it is called in messages.
+
+        Raises:
+            PluginError: if it implements no hook, or one that there is not.
+        """
+        try:
+            self._manager.register(listener, name=name)
+            self._manager.check_pending()
+        except (pluggy.PluginValidationError, ValueError) as error:
+            raise PluginError(f"{listener!r} cannot listen to run events: {error}") from error
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 

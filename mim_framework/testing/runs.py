@@ -22,9 +22,8 @@ from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.installed import RecipeInfo
 from mim_framework.registry.registry import Registry
-from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics
-from mim_framework.train.trainer import Trainer, train
+from mim_framework.training.trainer import Trainer, train
 
 SHORT = (
     "train.epochs=null", "train.steps=3", "train.total_batch_size=8", "train.batch_size=null", "train.device=cpu",
@@ -88,10 +87,8 @@ def trainer_of(folder: Path, recipe: str, *overrides: str) -> Iterator[Trainer]:
     """A trainer of a recipe at its first step, with its loader open."""
     registry = Registry()
     loaded = load_recipe(recipe, [*overrides, f"output_dir={folder}"], registry)
-    with process_group("cpu") as (world, device):
-        trainer = Trainer(loaded, registry, world, device)
-        with trainer._observed():
-            yield trainer
+    with Trainer.opened(loaded, registry) as trainer:
+        yield trainer
 
 
 def first_batch(trainer: Trainer) -> Batch:
@@ -103,9 +100,7 @@ def losses_of_step(trainer: Trainer, batch: Batch, phase: str, *, model: Trainer
     model = model or trainer
     step = replace(trainer.run.step(2, batch, phase), teachers=model.teachers.session())
     torch.manual_seed(0)
-    for component in model.components:
-        component.begin_step(step)
-    return model.model(step, model.run.model.views.prepare(step, batch.views))
+    return model.engine.forward(step, batch.views).losses
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------
@@ -149,16 +144,16 @@ def choices_of(recipe: Recipe) -> Iterator[tuple[str, Any]]:
 
 
 def masker_of(trainer: Trainer) -> Masker:
-    masker = getattr(trainer.objective, "masker", None)
-    if not isinstance(masker, Masker):
-        pytest.skip(f"objective '{trainer.objective.name}' keeps no part named 'masker'")
+    masker = trainer.objective.masker
+    if masker is None:
+        pytest.skip(f"objective '{trainer.objective.name}' has no masker")
     return masker
 
 
 def draw(trainer: Trainer, masker: Masker, batch: Batch, index: int = 0) -> tuple[Masked, Views]:
     """What a masker makes of a batch, and the views it was given."""
     step = trainer.run.step(index, batch, trainer.phases[0].name)
-    views = trainer.run.model.views.prepare(step, batch.views)
+    views = trainer.engine.prepare(step, batch.views)
     with torch.no_grad():
         return masker(step, dict(views)), views
 

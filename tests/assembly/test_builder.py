@@ -314,7 +314,7 @@ def test_several_heads_add_their_weighted_losses(tmp_path):
     plain = {"target": None, "decoder": None, "loss": None}
     model = build_model(recipe_of(tmp_path, heads=heads, **plain), REGISTRY)
     step = make_step(model.recipe, torch.arange(2))
-    losses = model.objective(step, model.views.prepare(step, model.views.example(2)))
+    losses = model.objective(step, model.views.prepare(step, model.views.example(2))).losses
     assert losses["a"] > 0
     assert losses["b"] == 0
 

@@ -71,27 +71,27 @@ def test_mse_over_hidden_positions_by_hand():
     values = torch.tensor([[[1.0, 3.0], [0.0, 0.0]]])
     target = torch.zeros(1, 4, 2)
     loss = MSELoss(MSELoss.Config(), specs())
-    hidden_only = loss(Pred(values, GRID, ids), target, mask, None)
+    hidden_only = loss(Pred(values, GRID, ids), target, mask, None).loss
     assert hidden_only.item() == pytest.approx((5.0 + 0.0) / 2)
     everywhere = Pred(torch.tensor([[[9.0, 9.0], [1.0, 3.0], [0.0, 0.0], [9.0, 9.0]]]), GRID)
-    assert loss(everywhere, target, mask, None).item() == pytest.approx(2.5)
-    assert loss(everywhere, Pred(torch.zeros(1, 2, 2), GRID, ids), mask, None).item() == pytest.approx(2.5)
+    assert loss(everywhere, target, mask, None).loss.item() == pytest.approx(2.5)
+    assert loss(everywhere, Pred(torch.zeros(1, 2, 2), GRID, ids), mask, None).loss.item() == pytest.approx(2.5)
 
 
 def test_float_weights_weigh_the_positions():
     mask = mask_of([0, 1, 1, 0]).predicting(torch.tensor([[0.0, 1.0, 0.5, 0.0]]))
     values = torch.tensor([[[9.0], [2.0], [4.0], [9.0]]])
     loss = L1Loss(L1Loss.Config(), specs())
-    assert loss(Pred(values, GRID), torch.zeros(1, 4, 1), mask, None).item() == pytest.approx((2.0 + 2.0) / 1.5)
+    assert loss(Pred(values, GRID), torch.zeros(1, 4, 1), mask, None).loss.item() == pytest.approx((2.0 + 2.0) / 1.5)
 
 
 def test_cross_entropy_against_ids_and_probabilities():
     loss = CrossEntropyLoss(CrossEntropyLoss.Config(), specs())
     mask, ids = mask_of([0, 0, 0, 1]), torch.tensor([[3]])
     logits = Pred(torch.tensor([[[0.0, 0.0]]]), GRID, ids)
-    assert loss(logits, torch.tensor([[0, 0, 0, 1]]), mask, None).item() == pytest.approx(0.693147, abs=1e-5)
+    assert loss(logits, torch.tensor([[0, 0, 0, 1]]), mask, None).loss.item() == pytest.approx(0.693147, abs=1e-5)
     probabilities = torch.tensor([0.25, 0.75]).expand(1, 4, 2)
-    assert loss(logits, probabilities, mask, None).item() == pytest.approx(0.693147, abs=1e-5)
+    assert loss(logits, probabilities, mask, None).loss.item() == pytest.approx(0.693147, abs=1e-5)
 
 
 def test_accuracy_and_loss_count_hidden_positions_of_uneven_rows_alike():
@@ -102,20 +102,20 @@ def test_accuracy_and_loss_count_hidden_positions_of_uneven_rows_alike():
     )
     ids = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 1]])
     loss = CrossEntropyLoss(CrossEntropyLoss.Config(), specs())
-    assert loss.metrics() == {}
     chosen = mask.ids_predict
-    value = loss(Pred(logits.gather(1, chosen[..., None].expand(-1, -1, 2)), GRID, chosen), ids, mask, None)
+    measured = loss(Pred(logits.gather(1, chosen[..., None].expand(-1, -1, 2)), GRID, chosen), ids, mask, None)
     by_hand = -torch.log_softmax(torch.tensor([[2.0, 0.0], [1.0, 0.0], [3.0, 0.0]]), 1)[[0, 1, 2], [0, 1, 0]].mean()
-    assert value.item() == pytest.approx(by_hand.item())
-    assert value.item() == pytest.approx(loss(Pred(logits, GRID), ids, mask, None).item())
-    assert loss.metrics()["accuracy"].item() == pytest.approx(2 / 3)
+    assert measured.loss.item() == pytest.approx(by_hand.item())
+    assert measured.loss.item() == pytest.approx(loss(Pred(logits, GRID), ids, mask, None).loss.item())
+    assert measured.metrics["accuracy"].item() == pytest.approx(2 / 3)
+    assert measured.count == 3
 
 
 def test_cosine_by_hand():
     loss = CosineLoss(CosineLoss.Config(), specs())
     values = torch.tensor([[[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [5.0, 5.0]]])
     wanted = torch.tensor([[[6.0, 8.0], [0.0, 1.0], [0.0, -1.0], [0.0, 1.0]]])
-    assert loss(Pred(values, GRID), wanted, mask_of([1, 1, 1, 0]), None).item() == pytest.approx((0 + 1 + 2) / 3)
+    assert loss(Pred(values, GRID), wanted, mask_of([1, 1, 1, 0]), None).loss.item() == pytest.approx((0 + 1 + 2) / 3)
 
 
 def test_pads_of_uneven_rows_are_not_pasted_into_a_reconstruction():

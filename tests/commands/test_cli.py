@@ -65,7 +65,7 @@ def calls(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_run_trains_in_this_process(mim, calls):
-    calls("mim_framework.train.trainer", "train", Path("elsewhere/tiny"))
+    calls("mim_framework.training.trainer", "train", Path("elsewhere/tiny"))
     result = mim("run", "r.yaml", "seed=7", "--fresh", "--output", "else: where")
     assert result.output == "run directory: elsewhere/tiny\n"
     [(_, (recipe, _), options)] = calls.made
@@ -88,7 +88,7 @@ def test_run_starts_the_ranks_it_is_asked_for(mim, monkeypatch):
 
 
 def test_run_under_a_launcher_starts_no_ranks(mim, calls, monkeypatch):
-    calls("mim_framework.train.trainer", "train", Path("runs/tiny"))
+    calls("mim_framework.training.trainer", "train", Path("runs/tiny"))
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("mim_framework.commands.cli.TELLING_SECONDS", 0.0)
@@ -97,7 +97,7 @@ def test_run_under_a_launcher_starts_no_ranks(mim, calls, monkeypatch):
     assert result.output == ""
     quiet = mim("run", "r.yaml", "seed=x")
     assert (quiet.exit_code, quiet.output) == (1, "")
-    calls("mim_framework.train.trainer", "train", DataError("this rank's own disk"))
+    calls("mim_framework.training.trainer", "train", DataError("this rank's own disk"))
     assert mim("run", "r.yaml").stderr == "mim: this rank's own disk\n"
 
 
@@ -157,7 +157,7 @@ def test_an_error_of_the_user_is_one_message(mim, calls):
         "  override 'los=1': los: unknown key, did you mean 'loss'?\n"
         "  override 'seed=x': seed: needs a whole number, got 'x'\n"
     )
-    calls("mim_framework.train.trainer", "train", DataError("too many broken images"))
+    calls("mim_framework.training.trainer", "train", DataError("too many broken images"))
     assert mim("run", "r.yaml").stderr == "mim: too many broken images\n"
 
 

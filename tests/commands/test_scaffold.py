@@ -20,7 +20,7 @@ from mim_framework.commands.cli import main
 from mim_framework.commands.scaffold import TEMPLATE, new_plugin
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
-from mim_framework.train.trainer import train
+from mim_framework.training.trainer import train
 
 MODULE = TEMPLATE / "src/mim_plugin_my_method/__init__.py"
 RECIPE = TEMPLATE / "src/mim_plugin_my_method/recipes/my_method_quickstart.yaml"
@@ -85,7 +85,7 @@ def test_a_new_plugin_bears_its_own_name_everywhere(tmp_path):
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     assert project["name"] == "mim-plugin-dust-cloud"
     assert project["entry-points"] == {"mim_framework": {"dust_cloud": "mim_plugin_dust_cloud"}}
-    assert 'requires_api = "1"\n' in (folder / "src/mim_plugin_dust_cloud/__init__.py").read_text()
+    assert 'requires_api = "2"\n' in (folder / "src/mim_plugin_dust_cloud/__init__.py").read_text()
     assert list(tmp_path.iterdir()) == [folder]
 
 

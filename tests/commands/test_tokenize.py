@@ -29,7 +29,7 @@ from mim_framework.nn.patches import patchify
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith
-from mim_framework.train.trainer import train
+from mim_framework.training.trainer import train
 
 
 class ToyTokenizer(Encoder):

@@ -170,7 +170,7 @@ def test_the_command_refuses_to_write_until_the_changelog_names_the_change(tmp_p
 
 def test_without_the_file_every_name_is_new(tmp_path: Path, capsys):
     assert main(tmp_path / "public_names.txt", CHANGELOG) == 1
-    assert "  API_VERSION: new\n" in capsys.readouterr().out
+    assert "  Ask: new\n" in capsys.readouterr().out
 
 
 def test_what_plugins_are_handed_is_listed_too():

@@ -113,5 +113,9 @@ def make_run(tmp_path, registry):
 def as_run():
     """What `Run` is for a picture: of a loaded run, the parts that are read."""
     return lambda loaded: SimpleNamespace(
-        recipe=loaded.recipe, source=loaded.source, model=loaded, device=loaded.device
+        recipe=loaded.recipe,
+        source=loaded.source,
+        model=loaded,
+        device=loaded.device,
+        engine=loaded.engine(loaded.device),
     )

@@ -24,11 +24,10 @@ from mim_framework.contract.records import Sample
 from mim_framework.contract.step import Step
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
-from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import PluginContract, RegistryWith, run_ranks
 from mim_framework.testing.runs import SHORT, weights_of
-from mim_framework.train.trainer import Trainer, train
+from mim_framework.training.trainer import train
 
 QUICKSTART = "adios_quickstart"
 SIZES = [
@@ -339,8 +338,7 @@ def test_phases_on_two_ranks_move_their_own_parameters_only(tmp_path, mode, adio
     recipe = recipe_at(tmp_path, *SGD, "train.steps=2", f"train.distributed={mode}")
 
     def on_rank(rank: int) -> list[set[str]]:
-        with process_group("cpu") as (world, device):
-            Trainer(recipe, RegistryWith(Watched), world, device).fit()
+        train(recipe, RegistryWith(Watched))
         return [changed(a, b) for a, b in pairwise(states)]
 
     assert run_ranks(on_rank) == 2 * [[{"masker"}, {"encoder", "projector"}, {"masker"}]]

@@ -26,11 +26,10 @@ from mim_framework.contract.records import Ask, Sample
 from mim_framework.contract.step import Step
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
-from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import ComponentContract, RecipeContract, RegistryWith, run_ranks
 from mim_framework.testing.runs import SHORT, state_of, weights_of
-from mim_framework.train.trainer import Trainer, train
+from mim_framework.training.trainer import Trainer, train
 
 QUICKSTART = "ibot_attmask_quickstart"
 TINY = [
@@ -73,8 +72,7 @@ def recipe_at(folder: Path, *overrides: str) -> Recipe:
 
 def trained(folder: Path, *overrides: str, before: Callable[[Trainer], Any] = lambda trainer: None) -> Trainer:
     """A small run that has come to its end; `before(trainer)` is called at its beginning."""
-    with process_group("cpu") as (world, device):
-        trainer = Trainer(recipe_at(folder, *overrides), RegistryWith(), world, device)
+    with Trainer.opened(recipe_at(folder, *overrides), RegistryWith()) as trainer:
         before(trainer)
         trainer.fit()
         return trainer

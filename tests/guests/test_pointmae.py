@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mim_framework import DataError, Grid, Mask, Pred, RecipeError, Sample
+from mim_framework import DataError, Grid, Mask, Masked, Pred, RecipeError, Sample
 from mim_framework.assembly.builder import build_model, exempt_names
 from mim_framework.assembly.opened import load_run
 from mim_framework.assembly.preflight import make_step
@@ -27,7 +27,7 @@ from mim_framework.runtime.metrics import read_metrics
 from mim_framework.runtime.optim import parameter_groups
 from mim_framework.testing import ComponentContract, RecipeContract, RegistryWith, run_ranks
 from mim_framework.testing.runs import SHORT, CrashAtStep, losses_of, weights_of
-from mim_framework.train.trainer import train
+from mim_framework.training.trainer import train
 
 SMALL = [
     "data.source={type: mesh_shapes, num_shapes: 100, num_points: 200}",
@@ -310,7 +310,7 @@ def test_a_prediction_is_relative_to_the_centre_of_its_group(tmp_path):
     nn.init.zeros_(head.decoder.head.weight)
     head.decoder.head.bias.data.copy_(form[torch.randperm(12)].flatten())
     step = make_step(model.recipe, torch.arange(2))
-    assert model.objective(step, {"x": x})["main"].item() == 0
+    assert model.objective(step, {"x": x}).losses["main"].item() == 0
     real, visible, completed = head.loss.pictures()["completion"].chunk(3, dim=2)
     assert torch.equal(completed, real)
     assert 0 < visible.sum() < real.sum()
@@ -438,7 +438,7 @@ def test_a_run_with_batch_norm_block_masks_and_dropped_paths_resumes_to_the_bit(
     options = ["masker=group_block", BATCH_NORM, "encoder.drop_path_rate=0.5"]
     straight = run(tmp_path / "straight", *options)
     registry = RegistryWith()
-    registry._manager.register(CrashAtStep(2))
+    registry.listen(CrashAtStep(2))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "resumed", *options, "checkpoint.every_steps=1", registry=registry)
     resumed = run(tmp_path / "resumed", *options)
@@ -491,7 +491,7 @@ def test_shapes_never_seen_are_completed_better_than_by_the_best_single_form(gue
     mask, target = masked.masks["x"], head.target(step, masked)
     form = best_form(known[:, :, 1:].flatten(0, 1), guest).flatten()
     with torch.no_grad():
-        latent = objective.encode(unknown, mask)
+        latent = objective.encode(Masked({"x": mask}, {"x": unknown}))
         pred = head.decoder(latent, mask)
         loss = head.loss(pred, target, mask, latent)
         of_form = head.loss(replace(pred, values=form.expand_as(pred.values)), target, mask, latent)

@@ -23,11 +23,10 @@ from mim_framework.contract.records import Ask, Latent
 from mim_framework.contract.specs import EncoderSpec
 from mim_framework.nn.patches import patchify
 from mim_framework.recipe.draft import load_recipe
-from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
-from mim_framework.train.directory import run_directory
-from mim_framework.train.trainer import Trainer, train
+from mim_framework.training.directory import run_directory
+from mim_framework.training.trainer import Trainer, train
 
 GRID = Grid((4, 4))
 """16 pixels in patches of 4."""
@@ -73,7 +72,7 @@ def run(folder: Path, *overrides: str, hooks: Any = None, **changes: Any) -> Pat
     registry, recipe = RegistryWith(*PLUGIN), recipe_at(folder, *overrides, **changes)
     assert "tokens per image" in report(recipe, registry)
     if hooks is not None:
-        registry._manager.register(hooks)
+        registry.listen(hooks)
     return train(recipe, registry)
 
 
@@ -100,8 +99,7 @@ def on_two_ranks(
     recipe = recipe_at(folder, *overrides, **changes)
 
     def rank_main(rank: int) -> Any:
-        with process_group("cpu") as (world, device):
-            trainer = Trainer(recipe, RegistryWith(*PLUGIN), world, device)
+        with Trainer.opened(recipe, RegistryWith(*PLUGIN)) as trainer:
             trainer.fit()
             return see(trainer)
 

@@ -41,12 +41,12 @@ class Occlusion(Objective):
     def __init__(self, config, parts):
         super().__init__(config, parts)
         self.encoder = parts.encoder
-        self.masker = nn.Sequential(nn.Linear(48, 8), nn.GELU(), nn.Linear(8, 1))
+        self.occluder = nn.Sequential(nn.Linear(48, 8), nn.GELU(), nn.Linear(8, 1))
 
     def forward(self, step, views):
         x = views["x"]
         patches = patchify(x, 4)
-        keep = self.masker(patches).sigmoid()
+        keep = self.occluder(patches).sigmoid()
         if step.phase == "encode":
             keep = keep.detach()
         nothing = Mask.none(len(x), GRID, x.device)
@@ -64,7 +64,7 @@ ADIOS = {
     "optim": None,
     "optimizers": {
         "encoder": {**SGD, "parameters": ["encoder.*"]},
-        "masker": {**SGD, "parameters": ["masker.*"]},
+        "masker": {**SGD, "parameters": ["occluder.*"]},
     },
     "phases": [
         {"name": "encode", "optimizers": ["encoder"]},
@@ -83,7 +83,7 @@ def phases_move_their_own(start: dict[str, Tensor], seen: list[tuple[str, dict[s
     states = [start, *(state for _, state in seen)]
     return [(phase, moved(a, b)) for (phase, _), a, b in zip(seen, states, states[1:], strict=False)] == [
         ("encode", {"encoder"}),
-        ("occlude", {"masker"}),
+        ("occlude", {"occluder"}),
     ] * (len(seen) // 2)
 
 
@@ -95,7 +95,7 @@ def test_phases_of_opposite_sign_move_only_their_own_parameters(tmp_path):
 
     Occlusion.seen = []
     run(tmp_path / "with", "train.steps=2", "phases.1.sign=1", **ADIOS)
-    bias = "masker.2.bias"
+    bias = "occluder.2.bias"
     (_, start), (_, up), (_, down) = against[0], against[1], Occlusion.seen[1]
     assert torch.allclose(up[bias] - start[bias], start[bias] - down[bias], atol=1e-8)
     assert (up[bias] - start[bias]).abs() > 1e-6

@@ -50,7 +50,7 @@ class PoisonedLoss(MSELoss):
         self.calls = -1
 
     def forward(self, pred, target, mask, latent):
-        loss = super().forward(pred, target, mask, latent)
+        loss = super().forward(pred, target, mask, latent).loss
         self.calls += 1
         return loss * float("nan") if self.calls - 1 == self.config.call else loss
 

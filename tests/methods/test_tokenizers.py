@@ -86,7 +86,7 @@ class RecordedCrossEntropy(CrossEntropyLoss):
 
     def forward(self, pred, target, mask, latent):
         loss = super().forward(pred, target, mask, latent)
-        self.seen.append(loss.item())
+        self.seen.append(loss.loss.item())
         return loss
 
 

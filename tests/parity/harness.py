@@ -28,7 +28,7 @@ from mim_framework.assembly.builder import Model, build_model, exempt_names
 from mim_framework.base.schedule import Curve, epoch_of, value_at
 from mim_framework.contract.components import CheckpointFormat, Encoder
 from mim_framework.contract.mask import Mask
-from mim_framework.contract.records import Ask, Masked, Views
+from mim_framework.contract.records import Ask, Masked, Outcome, Views
 from mim_framework.contract.specs import Specs, ViewSpec
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
@@ -122,8 +122,11 @@ class Case:
         """Tensors `prefix/NAME` by the name they have in our model."""
         return self.our_names(named(self.tensors, prefix))
 
+    def outcome(self) -> Outcome:
+        return Outcome.of(self.model.objective(self.step, {"x": self.images}))
+
     def losses(self) -> dict[str, Tensor]:
-        return self.model.objective(self.step, {"x": self.images})
+        return self.outcome().losses
 
     def loss(self) -> Tensor:
         return sum(self.losses().values())

@@ -15,7 +15,7 @@ from mim_framework.recipe.evaluations import EvaluationChoice
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.recipe.writing import dump_recipe
 from mim_framework.registry.registry import Registry
-from mim_framework.train.directory import changed_keys
+from mim_framework.training.directory import changed_keys
 
 BEFORE = """\
 name: tiny

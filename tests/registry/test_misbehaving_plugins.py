@@ -90,12 +90,12 @@ FAULTS: dict[str, tuple[dict[str, Any], bool, str]] = {
     "wrong API version": (
         {"source": f"requires_api = '7'\n{BAD}"},
         True,
-        "it is made for plugin API 7, and mim-framework .* has plugin API 1. Cure: pip install --upgrade mim-framework",
+        "it is made for plugin API 7, and mim-framework .* has plugin API 2.* pip install --upgrade mim-framework",
     ),
     "wrong API version, computed": (
         {"source": f"requires_api = str(3 + 4)\n{BAD}"},
         False,
-        "it is made for plugin API 7, and mim-framework .* has plugin API 1",
+        "it is made for plugin API 7, and mim-framework .* has plugin API 2",
     ),
     "one component name twice": ({"source": BAD + TWICE}, False, "2 classes of one kind are named 'bad'"),
     "an instance instead of a class": (

@@ -143,7 +143,7 @@ STATIC_FAULTS = {
     ),
     "old api": (
         {"source": spiral("requires_api = '0'\n")},
-        "made for plugin API 0, and mim-framework .* has plugin API 1",
+        "made for plugin API 0, and mim-framework .* has plugin API 2",
     ),
     "missing distribution": (
         {"source": spiral(), "requires": ("surely-not-there (>=1)", "pluggy>=1", "maybe; extra == 'x'")},

@@ -114,6 +114,6 @@ def test_a_compiled_plugin_must_be_imported(monkeypatch):
 
 
 def test_constants_are_read_from_the_contract():
-    assert read_constant("mim_framework.contract.components", "API_VERSION") == "1"
+    assert read_constant("mim_framework.contract.components", "API_VERSION") == "2"
     assert read_constant("mim_framework.contract.components", "NOTHING") is None
     assert {"mim_maskers", "mim_run_finished"} <= set(HOOKS)

@@ -102,7 +102,7 @@ class FaultyLoss(MSELoss):
         """What is wrong."""
 
     def forward(self, pred, target, mask, latent):
-        loss = super().forward(pred, target, mask, latent)
+        loss = super().forward(pred, target, mask, latent).loss
         if self.config.fault == "climbs":
             loss = 2 * loss.detach() - loss
         if self.config.fault == "coarse in bfloat16" and pred.values.dtype == torch.bfloat16:

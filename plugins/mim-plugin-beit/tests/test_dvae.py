@@ -27,7 +27,7 @@ from mim_plugin_beit.dvae import (
 from mim_plugin_beit.dvae_checkpoints import DalleCheckpoint, MMPretrainDalleCheckpoint
 from torch import Tensor
 
-from mim_framework import Grid, Latent, Mask, Masked, Pred, Specs, Step, ViewSpec
+from mim_framework import Grid, Latent, Mask, Masked, Pred, PredSpec, Specs, Step, ViewSpec
 from mim_framework.assembly.builder import build_model
 from mim_framework.base.errors import CheckpointError, RecipeError
 from mim_framework.contract.world import World
@@ -81,7 +81,7 @@ def losses(logits: Tensor, **options: Any) -> tuple[float, ELBOLoss]:
     loss = elbo(likelihood="mse", **options)
     pred = PixelDistribution(torch.zeros(1, 4, 192), GRID, log_scales=torch.zeros(1, 4, 192))
     target = Pred(torch.full((1, 4, 192), 0.5), GRID)
-    return float(loss(pred, target, Mask.none(1, GRID), Latent(logits, GRID))), loss
+    return float(loss(pred, target, Mask.none(1, GRID), Latent(logits, GRID)).loss), loss
 
 
 def test_the_divergence_is_zero_for_uniform_codes_and_log_v_for_certain_ones():
@@ -188,7 +188,7 @@ def test_the_decoder_wants_an_encoder_with_a_vocabulary():
 
 
 def test_the_loss_wants_a_distribution_of_pixels():
-    specs = Specs(views={"x": UNIT}, encoder=encoder().spec, pred=None)
+    specs = Specs(views={"x": UNIT}, encoder=encoder().spec, pred=PredSpec("dense", 192, GRID))
     with pytest.raises(ValueError, match="needs the distribution of pixels that decoder 'dvae_decoder' gives"):
         ELBOLoss(ELBOLoss.Config(), specs)
 

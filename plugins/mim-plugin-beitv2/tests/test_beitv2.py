@@ -14,7 +14,7 @@ from mim_plugin_beitv2 import PatchAggregation
 from tiny import RECIPE
 from torch import Tensor, nn
 
-from mim_framework import Mask, hookimpl
+from mim_framework import Mask, Masked, Outcome, hookimpl
 from mim_framework.assembly.builder import Model, build_model
 from mim_framework.assembly.opened import load_run
 from mim_framework.assembly.preflight import make_step, preflight
@@ -28,7 +28,7 @@ from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
-from mim_framework.train.trainer import train
+from mim_framework.training.trainer import train
 
 torch.set_num_threads(1)  # ranks are forked; the suite's conftest says it too, unless the plugin is tested alone
 
@@ -85,7 +85,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("tokenizer"), TOKENIZER)
 
 
-def losses_and_views(model: Model) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def outcome_and_views(model: Model) -> tuple[Outcome, dict[str, Tensor]]:
     views = model.views.prepare(None, model.views.example(2))
     views["token_ids"] = torch.arange(32).reshape(2, 16) % 12
     step = make_step(model.recipe, torch.arange(2))
@@ -100,23 +100,23 @@ def test_each_head_predicts_twice_and_both_losses_count_alike():
         "ids": {"target": {"type": "token_ids", "vocab_size": 12}, "decoder": "linear", "loss": "cross_entropy"},
         "pixels": {"target": "pixels", "decoder": "linear", "loss": "mse", "weight": 0.5},
     })  # fmt: skip
-    losses, views = losses_and_views(model)
+    (losses, metrics, _), views = outcome_and_views(model)
     assert list(losses) == ["ids", "ids_cls", "pixels", "pixels_cls"]
     objective, step = model.objective, make_step(model.recipe, torch.arange(2))
     masked = objective.masker(step, views)
     mask, head = masked.masks["x"], objective.heads["pixels"]
-    latent = objective.encode(views["x"], mask)
+    latent = objective.encode(Masked({"x": mask}, {"x": views["x"]}))
     for name, each in (("pixels", latent), ("pixels_cls", objective.aggregate(latent))):
-        whole = head.loss(head.decoder(each, mask), head.target(step, masked), mask, each)
+        whole = head.loss(head.decoder(each, mask), head.target(step, masked), mask, each).loss
         assert losses[name].item() == pytest.approx(0.5 * whole.item())
-    assert objective.metrics().keys() == {"accuracy_ids", "accuracy_ids_cls"}
+    assert metrics.keys() == {"heads.ids.loss/accuracy", "heads.ids_cls.loss/accuracy"}
 
 
 def test_early_patches_know_late_blocks_through_the_class_token_alone():
     """Another third block changes the second prediction only if its class token may."""
     objective = model_of().objective.eval()
     images, mask = torch.randn(2, 3, 16, 16), Mask.none(2, objective.encoder.spec.grid)
-    latent = objective.encode(images, mask)
+    latent = objective.encode(Masked({"x": mask}, {"x": images}))
     before = objective.aggregate(latent).tokens
     late = dict(latent.layers)
     late[objective.last] = torch.cat([late[2][:, :1], torch.randn(2, 16, 16)], dim=1)
@@ -132,7 +132,7 @@ def test_norm_and_head_are_shared_or_of_their_own():
     assert names == {"cls_norm.weight", "cls_norm.bias", f"{head}.weight", f"{head}.bias"}
     first = own.objective.heads["main"].decoder.head.weight
     assert not torch.equal(own.objective.cls_decoders["main"].head.weight, first)
-    losses, _ = losses_and_views(own)
+    (losses, _, _), _ = outcome_and_views(own)
     assert torch.autograd.grad(losses["main_cls"], first, allow_unused=True) == (None,)
 
 

@@ -25,7 +25,7 @@ from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
-from mim_framework.train.trainer import train
+from mim_framework.training.trainer import train
 
 torch.set_num_threads(1)  # ranks are forked; the suite's conftest says it too, unless the plugin is tested alone
 
@@ -207,7 +207,7 @@ def steps_of(model: Any, num_steps: int) -> None:
         step = make_step(model.recipe, torch.arange(2), index=index)
         for component in model.objective.components():
             component.begin_step(step)
-        sum(model.objective(step, model.views.prepare(step, batch)).values()).backward()
+        sum(model.objective(step, model.views.prepare(step, batch)).losses.values()).backward()
         for component in model.objective.components():
             component.before_step(step)
         optimizer.schedule(step)

@@ -404,10 +404,8 @@ def test_an_mvit_that_does_not_fit_is_refused(options: dict, message: str):
 def state_of(encoder: MaskFeatViT | MaskFeatMViT, norm: bool = True) -> dict[str, Tensor]:
     """An objective's state; the head's norm is told from an untouched one."""
     masker = MaskerSpec(encoder.spec.grid, equal=True, num_hidden=1)
-    target = HOGTarget(
-        HOGTarget.Config(), replace(VIEWS, views={"x": ViewSpec("x", (3, 32, 32))}, encoder=encoder.spec)
-    )
-    specs = replace(VIEWS, encoder=encoder.spec, masker=masker, target=replace(target.spec, grid=encoder.spec.grid))
+    target = HOGTarget(HOGTarget.Config(), VIEWS.also(views={"x": ViewSpec("x", (3, 32, 32))}, encoder=encoder.spec))
+    specs = VIEWS.also(encoder=encoder.spec, masker=masker, target=replace(target.spec, grid=encoder.spec.grid))
     decoder = LinearDecoder(LinearDecoder.Config(norm=norm), specs)
     if norm:
         nn.init.constant_(decoder.norm.bias, 0.5)
@@ -588,7 +586,7 @@ def test_hog_is_a_target_for_other_methods_encoders(encoder: str):
     model = build_model(recipe, Registry())
     assert model.objective.heads["main"].target.spec.dim == 108
     views = model.views.prepare(None, model.views.example(2))
-    loss = sum(model.objective(make_step(recipe, torch.arange(2)), views).values())
+    loss = sum(model.objective(make_step(recipe, torch.arange(2)), views).losses.values())
     loss.backward()
     assert loss.isfinite()
     assert all(parameter.grad is not None for parameter in model.objective.parameters())

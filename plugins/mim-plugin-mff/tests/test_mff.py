@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import RECIPE
 from torch import Tensor, nn
 
-from mim_framework import Ask, Encoder, EncoderSpec, Grid, Latent, Mask, RecipeError
+from mim_framework import Ask, Encoder, EncoderSpec, Grid, Latent, Mask, Masked, RecipeError
 from mim_framework.assembly.builder import build_model, exempt_names
 from mim_framework.assembly.preflight import make_step, preflight
 from mim_framework.base.errors import CheckpointError
@@ -31,7 +31,7 @@ from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.runtime.optim import parameter_groups
 from mim_framework.testing import RegistryWith
-from mim_framework.train.trainer import train
+from mim_framework.training.trainer import train
 
 GRID = Grid((4, 4))
 ON_MAE = {"encoder": {"type": "mae_vit", "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2}}
@@ -116,9 +116,9 @@ def test_the_fusion_of_the_published_model_has_the_published_size():
 def test_all_the_weight_on_the_last_block_gives_the_encoders_own_tokens(tmp_path, images, mask, slots):
     objective = make_objective(tmp_path, **slots)
     plain = objective.encoder(images, mask)
-    assert not torch.allclose(objective.encode(images, mask).tokens, plain.tokens, atol=0.01)
+    assert not torch.allclose(objective.encode(Masked({"x": mask}, {"x": images})).tokens, plain.tokens, atol=0.01)
     objective.fusion.proj_weights[-1] = 100.0
-    fused = objective.encode(images, mask)
+    fused = objective.encode(Masked({"x": mask}, {"x": images}))
     assert torch.allclose(sequence(fused), sequence(plain), atol=1e-6)
     assert fused.ids is plain.ids is None or torch.equal(fused.ids, plain.ids)
 
@@ -132,13 +132,15 @@ def test_a_shallow_level_is_projected_and_normed_as_the_encoder_norms(tmp_path, 
     objective.encoder.norm.bias.fill_(5.0)
     shallow = objective.encoder(images, mask, Ask(layers=frozenset({1}))).layers[1]
     wanted = nn.functional.layer_norm(2 * shallow, (16,), eps=1e-6) + 5
-    assert torch.allclose(sequence(objective.encode(images, mask)), wanted, atol=1e-5)
+    assert torch.allclose(sequence(objective.encode(Masked({"x": mask}, {"x": images}))), wanted, atol=1e-5)
 
 
 @torch.no_grad()
 def test_one_level_is_the_method_without_fusion(tmp_path, images, mask):
     objective = make_objective(tmp_path, layers=[-1], **ON_MAE)
-    assert torch.equal(sequence(objective.encode(images, mask)), sequence(objective.encoder(images, mask)))
+    assert torch.equal(
+        sequence(objective.encode(Masked({"x": mask}, {"x": images}))), sequence(objective.encoder(images, mask))
+    )
     trained = [name for name, p in objective.named_parameters() if p.requires_grad and name.startswith("fusion")]
     assert trained == []
 
@@ -153,9 +155,9 @@ def test_every_parameter_gets_a_gradient(tmp_path, slots):
 @KINDS
 def test_autocast_keeps_the_sum_in_full_precision_and_near_it(tmp_path, images, mask, slots):
     objective = make_objective(tmp_path, **slots)
-    exact = sequence(objective.encode(images, mask))
+    exact = sequence(objective.encode(Masked({"x": mask}, {"x": images})))
     with torch.autocast("cpu", torch.bfloat16):
-        latent = objective.encode(images, mask)
+        latent = objective.encode(Masked({"x": mask}, {"x": images}))
         fused = objective.fusion([latent.layers[i] for i in objective.layers])
     assert fused.dtype == torch.float32
     assert torch.allclose(sequence(latent).float(), exact, atol=0.06)
@@ -287,11 +289,11 @@ def test_an_encoder_without_prefix_and_norm_and_a_decoder_that_asks_for_layers_t
     objective = make_objective(tmp_path, layers=[0, 2], registry=registry, encoder="plain", decoder="curious")
     with torch.no_grad():
         objective.fusion.proj_layers[0].weight.fill_(10)
-        latent = objective.encode(torch.ones_like(images), mask)
+        latent = objective.encode(Masked({"x": mask}, {"x": torch.ones_like(images)}))
     assert latent.prefix is None
     assert latent.tokens.flatten().unique().item() == pytest.approx((10 * 2 + 8) / 2)
     step = make_step(recipe_at(tmp_path, registry=registry, encoder="plain", decoder="curious"), torch.arange(2))
-    assert objective(step, {"x": images})["main"].item() > 0
+    assert objective(step, {"x": images}).losses["main"].item() > 0
 
 
 def test_the_heads_share_one_fusion(tmp_path, images):
@@ -300,7 +302,7 @@ def test_the_heads_share_one_fusion(tmp_path, images):
     objective = make_objective(tmp_path, **ON_MAE, **slots)
     fused = []
     objective.fusion.register_forward_hook(lambda *_: fused.append(1))
-    losses = objective(make_step(recipe_at(tmp_path, **ON_MAE, **slots), torch.arange(2)), {"x": images})
+    losses = objective(make_step(recipe_at(tmp_path, **ON_MAE, **slots), torch.arange(2)), {"x": images}).losses
     assert losses.keys() == {"a", "b"}
     assert fused == [1]
 
@@ -460,7 +462,7 @@ def test_of_simmims_encoders_the_vit_can_be_fused_and_the_swin_only_in_its_last_
     vit = {"type": "simmim_vit", "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
     objective = make_objective(tmp_path, encoder=vit, decoder="linear")
     step = make_step(recipe_at(tmp_path, encoder=vit, decoder="linear"), torch.arange(2))
-    assert objective(step, {"x": images})["main"].item() > 0
+    assert objective(step, {"x": images}).losses["main"].item() > 0
     swin = {
         "encoder": {"type": "simmim_swin", "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4},
         "views": {"type": "image", "img_size": 32},

@@ -15,7 +15,7 @@ from mim_framework.checkpoints import checkpoint
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
-from mim_framework.train.trainer import train
+from mim_framework.training.trainer import train
 
 torch.set_num_threads(1)  # ranks are forked; the suite's conftest says it too, unless the plugin is tested alone
 

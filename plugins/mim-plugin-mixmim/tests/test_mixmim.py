@@ -55,13 +55,13 @@ def make_encoder(**options) -> MixEncoder:
 
 def make_masker(**options) -> MixMasker:
     encoder = EncoderSpec(dim=32, grid=GRID, stride=8, depth=1, num_heads=1)
-    return MixMasker(MixMasker.Config(**options), replace(VIEWS, encoder=encoder))
+    return MixMasker(MixMasker.Config(**options), VIEWS.also(encoder=encoder))
 
 
 def make_decoder(encoder: EncoderSpec, target: TargetSpec | None = None, **options) -> MixDecoder:
     torch.manual_seed(1)
     masker = MaskerSpec(GRID, equal=True, num_hidden=8, mixes=True)
-    specs = replace(VIEWS, encoder=encoder, masker=masker, target=target or TargetSpec("dense", 192, GRID))
+    specs = VIEWS.also(encoder=encoder, masker=masker, target=target or TargetSpec("dense", 192, GRID))
     return MixDecoder(MixDecoder.Config(**({"embed_dim": 16, "depth": 2, "num_heads": 2} | options)), specs)
 
 
@@ -400,7 +400,7 @@ def test_parameter_counts_are_the_published_ones(embed_dim: int, num_heads: tupl
         encoder = MixEncoder(MixEncoder.Config(embed_dim=embed_dim, num_heads=num_heads), specs)
         assert encoder.spec.grid == Grid((7, 7))
         target = TargetSpec("dense", 3072, encoder.spec.grid)
-        decoder = MixDecoder(MixDecoder.Config(), replace(specs, encoder=encoder.spec, target=target))
+        decoder = MixDecoder(MixDecoder.Config(), specs.also(encoder=encoder.spec, target=target))
     count = lambda module: sum(tensor.numel() for tensor in module.state_dict().values())  # noqa: E731
     assert count(encoder) == in_encoder
     assert count(encoder) + count(decoder) == in_total
@@ -558,7 +558,7 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
 def test_the_loss_is_the_mean_over_every_position_of_every_image(recipe: Callable[..., Path]):
     model = build_model(load_recipe(recipe(), [], Registry()), Registry())
     objective, step, images = model.objective, make_step_at(range(4)), images_at(range(4))
-    loss = objective(step, {"x": images})["main"]
+    loss = objective(step, {"x": images}).losses["main"]
     masked = objective.masker(step, {"x": images})
     head = objective.heads["main"]
     pred = head.decoder(objective.encoder(masked.views["x"], masked.masks["x"]), masked.masks["x"]).values

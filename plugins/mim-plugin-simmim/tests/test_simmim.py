@@ -379,7 +379,7 @@ def test_the_encoder_section_for_swinv2_in_the_readme_builds():
     small = {**section["encoder"], **SWIN}
     objective = build_model(recipe_with(small), Registry()).objective
     step = make_step(recipe_with(small), torch.arange(2))
-    objective(step, {"x": torch.zeros(2, 3, IMAGE, IMAGE)})["main"].backward()
+    objective(step, {"x": torch.zeros(2, 3, IMAGE, IMAGE)}).losses["main"].backward()
     assert all(parameter.grad is not None for parameter in objective.parameters())
 
 

@@ -29,6 +29,7 @@ from mim_framework import (
     Loss,
     Mask,
     Masked,
+    Measured,
     Pred,
     PredSpec,
     Renormalize,
@@ -391,7 +392,6 @@ class ELBOLoss(Loss):
             )
         self.vocab_size = specs.encoder.dim
         self.kl_weight = value_at(self.config.kl_weight, 0.0, 1.0)
-        self.measured: dict[str, Tensor] = {}
         self.warned = self.reported = False
         for name in ("step_counts", "counts"):  # rows: likeliest codes, probabilities; of this step and since a line
             self.register_buffer(name, torch.zeros(2, self.vocab_size), persistent=False)
@@ -399,7 +399,7 @@ class ELBOLoss(Loss):
     def begin_step(self, step: Step) -> None:
         self.kl_weight = step.value(self.config.kl_weight)
 
-    def forward(self, pred: PixelDistribution, target: Pred, mask: Mask, latent: Latent) -> Tensor:
+    def forward(self, pred: PixelDistribution, target: Pred, mask: Mask, latent: Latent) -> Measured:
         means, mapped = pred.values.float(), target.values.float()
         if self.config.likelihood == "logit_laplace":
             reconstruction = logit_laplace_nll(mapped, means, pred.log_scales.float()).mean()
@@ -409,8 +409,8 @@ class ELBOLoss(Loss):
         probs = log_probs.exp()
         kl = math.log(self.vocab_size) + (probs * log_probs).sum(-1).mean()
         self.observe(latent.tokens.detach(), probs.detach())
-        self.measured = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
-        return reconstruction + self.kl_weight * kl
+        metrics = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+        return Measured(reconstruction + self.kl_weight * kl, metrics, float(len(means)))
 
     def observe(self, logits: Tensor, probs: Tensor) -> None:
         """Count the codes of a micro-batch, both (B, N, V)."""
@@ -428,16 +428,12 @@ class ELBOLoss(Loss):
 
     def metrics(self) -> dict[str, Tensor]:
         if not bool(self.counts.any()):
-            return self.measured
+            return {}
         self.reported = True
         of_ids, of_probabilities = perplexity(self.counts)
         usage = (self.counts[0] > 0).float().mean()
         self.warn(usage.item())
-        return self.measured | {
-            "usage": usage,
-            "token_perplexity": of_ids,
-            "perplexity": of_probabilities,
-        }
+        return {"usage": usage, "token_perplexity": of_ids, "perplexity": of_probabilities}
 
     def warn(self, usage: float) -> None:
         """Once, on rank 0, about a vocabulary that is hardly used, if so many positions have been seen."""

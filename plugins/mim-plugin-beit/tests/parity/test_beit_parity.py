@@ -102,7 +102,7 @@ def test_loss_and_accuracy_are_those_of_the_official_code(case: Case):
     official = case.tensors["out/loss"].item()
     assert abs(case.loss().item() - official) < OUTPUT_TOLERANCE * official
     right = (case.tensors["out/logits"].argmax(1) == case.tensors["out/labels"]).float().mean()
-    assert case.model.objective.heads["main"].loss.metrics()["accuracy"].item() == pytest.approx(right.item())
+    assert case.outcome().metrics["heads.main.loss/accuracy"].item() == pytest.approx(right.item())
 
 
 def test_gradients_are_those_of_the_official_code(case: Case):

@@ -6,9 +6,21 @@ from dataclasses import replace
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from mim_framework import Ask, Decoder, Head, Latent, MaskedPrediction, MaskTokenViT, Parts, Section, Step, Views
+from mim_framework import (
+    Ask,
+    Decoder,
+    Head,
+    Latent,
+    MaskedPrediction,
+    MaskTokenViT,
+    Outcome,
+    Parts,
+    Section,
+    Step,
+    Views,
+)
 from mim_framework.nn import NORM_EPS, drop_path_ramp, rescale_by_depth
 
 
@@ -47,7 +59,6 @@ class PatchAggregation(MaskedPrediction):
         self.cls_decoders = nn.ModuleDict(
             {} if c.shared_head else {name: another_decoder(head, parts) for name, head in parts.heads.items()}
         )
-        self.measured: dict[str, Tensor] = {}
 
     def drop_path_rates(self, encoder: MaskTokenViT) -> list[float]:
         """Those of the blocks that would follow the early one, on the encoder's ramp."""
@@ -64,22 +75,18 @@ class PatchAggregation(MaskedPrediction):
     def repeated_blocks(self) -> nn.ModuleList:
         return self.cls_blocks
 
-    def forward(self, step: Step, views: Views) -> dict[str, Tensor]:
+    def forward(self, step: Step, views: Views) -> Outcome:
         masked = self.masker(step, views)
         targets = {name: head.target(step, masked) for name, head in self.heads.items()}
-        mask = masked.masks["x"]
-        latent = self.encode(masked.views["x"], mask)
+        latent = self.encode(masked)
         aggregated = self.aggregate(latent)
-        losses = self.losses_beside_heads(masked, latent)
+        found = Outcome(self.losses_beside_heads(masked, latent), {}, {})
         for name, head in self.heads.items():
             target, weight = targets[name], step.value(head.weight)
             decoder = head.decoder if self.config.shared_head else self.cls_decoders[name]
-            second = head.loss(decoder(aggregated, mask), target, mask, aggregated)
-            self.note(f"{name}_cls", head)
-            first = head.loss(head.decoder(latent, mask), target, mask, latent)  # last, so that its metrics stay
-            self.note(name, head)
-            losses |= {name: weight * first, f"{name}_cls": weight * second}
-        return losses
+            self.add(found, name, head.measure(masked, latent, target), weight)
+            self.add(found, f"{name}_cls", head.measure(masked, aggregated, target, decoder), weight)
+        return found
 
     def aggregate(self, latent: Latent) -> Latent:
         """What the added blocks make of the last class token and the early patch tokens, normalised."""
@@ -88,13 +95,6 @@ class PatchAggregation(MaskedPrediction):
             x, _ = block(x, latent.aux.get("position_bias"))
         x = self.encoder.final_norm(x) if self.cls_norm is None else self.cls_norm(x)
         return replace(latent, tokens=x[:, 1:], prefix=x[:, :1], layers={}, losses={})
-
-    def note(self, name: str, head: Head) -> None:
-        self.measured |= {f"{metric}_{name}": value for metric, value in head.loss.metrics().items()}
-
-    def metrics(self) -> dict[str, Tensor]:
-        """What the losses measure, such as `accuracy`, of both predictions of every head."""
-        return self.measured
 
 
 def check_fit(encoder: object, early_layers: int, heads: dict[str, Head]) -> None:
@@ -122,4 +122,4 @@ def check_fit(encoder: object, early_layers: int, heads: dict[str, Head]) -> Non
 
 def another_decoder(head: Head, parts: Parts) -> Decoder:
     """A decoder like the head's, with weights of its own."""
-    return type(head.decoder)(head.decoder.config, replace(parts.specs, target=head.target.spec))
+    return type(head.decoder)(head.decoder.config, parts.specs.also(target=head.target.spec))

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mim_framework import Ask, EncoderSpec, Latent, Mask, MaskedPrediction, Parts, Section
+from mim_framework import Ask, EncoderSpec, Latent, Masked, MaskedPrediction, Parts, Section
 
 EXEMPT_FROM_DECAY = ("cls_token", "mask_token", "pos_embed")  # configs/mff; norms and biases are exempt anyway
 
@@ -69,9 +69,9 @@ class FusedPrediction(MaskedPrediction):
         self.ask |= Ask(layers=frozenset(self.layers))
         self.fusion = Fusion(parts.encoder.spec.dim, len(self.layers))
 
-    def encode(self, view: Tensor, mask: Mask) -> Latent:
-        """view (B, C, H, W) -> the encoder's latent, whose tokens and prefix are the fused layers after its norm."""
-        latent = self.encoder(view, mask, self.ask)
+    def encode(self, masked: Masked) -> Latent:
+        """The encoder's latent, whose tokens and prefix are the fused layers after its norm."""
+        latent = super().encode(masked)
         fused = self.encoder.final_norm(self.fusion([latent.layers[i] for i in self.layers]))
         num_prefix_tokens = fused.shape[1] - latent.tokens.shape[1]
         prefix = fused[:, :num_prefix_tokens] if num_prefix_tokens else None

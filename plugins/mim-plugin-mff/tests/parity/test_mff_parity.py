@@ -125,7 +125,7 @@ def test_fused_layers_and_predictions_are_those_of_the_official_code(case: Case)
         for level, projection in enumerate(objective.fusion.proj_layers)
     }
     seen["backbone.patch_embed"] = objective.encoder.embed(case.images, None) - objective.encoder.pos_embed[:, 1:]
-    latent = objective.encode(case.images, case.mask)
+    latent = objective.encode(Masked({"x": case.mask}, {"x": case.images}))
     assert latent.ids is case.mask.ids_keep
     assert relative(sequence(latent), case.tensors["out/latent"]) < OUTPUT_TOLERANCE
 
@@ -182,7 +182,7 @@ def test_a_wrong_implementation_would_be_found(case: Case, fault: str):
         fusion.proj_weights.fill_(1)
     if fault == "levels exchanged":
         fusion.proj_layers = nn.ModuleList(reversed(fusion.proj_layers))
-    latent = objective.encode(case.images, case.mask)
+    latent = objective.encode(Masked({"x": case.mask}, {"x": case.images}))
     if fault == "no fusion":
         latent = objective.encoder(case.images, case.mask)
     if fault == "norm before the sum":

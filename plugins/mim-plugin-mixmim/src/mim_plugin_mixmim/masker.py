@@ -74,7 +74,7 @@ class MixMasker(Masker):
         """(1 or B, N): one draw for the step, or in both rows of a pair that of its first image."""
         count = self.spec.grid.num_patches
         if self.spec.shared:
-            return step.rand_shared("mask", count)
+            return step.rand_batch("mask", count)[None].to(step.positions.device, non_blocking=True)
         return replace(step, positions=step.positions - step.positions % 2).rand("mask", count)
 
 

@@ -5,7 +5,7 @@ from mim_framework import Grid, Mask, Masked, Masker, MaskerSpec, Section, Specs
 from mim_framework import hookimpl, patchify
 from pydantic import Field
 
-requires_api = "1"
+requires_api = "2"
 
 
 def one_per_cell(noise: torch.Tensor, grid: Grid, cell_size: int) -> Mask:

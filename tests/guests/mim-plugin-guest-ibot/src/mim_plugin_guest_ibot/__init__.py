@@ -50,7 +50,7 @@ from mim_framework.nn import (
 )
 from mim_plugin_guest_ibot.views import MultiCropViews
 
-requires_api = "1"
+requires_api = "2"
 
 
 # --- encoder ---------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ from mim_framework import (
 from mim_framework.nn import check_heads
 from mim_plugin_guest_pointmae.shapes import MeshShapes
 
-requires_api = "1"
+requires_api = "2"
 
 # --- from a cloud to groups ------------------------------------------------------------------------------------------
 

@@ -25,8 +25,8 @@ from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith
-from mim_framework.train.evaluations import Evaluations, Planned
-from mim_framework.train.trainer import train
+from mim_framework.training.evaluations import Evaluations, Planned
+from mim_framework.training.trainer import train
 
 
 class Shades(Source):

@@ -24,10 +24,9 @@ from mim_framework.contract.components import Objective
 from mim_framework.contract.hooks import hookimpl
 from mim_framework.contract.records import Ask
 from mim_framework.recipe.draft import load_recipe
-from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
-from mim_framework.train.trainer import Trainer, train
+from mim_framework.training.trainer import Trainer, train
 
 RECIPE = tiny.RECIPE | {
     "views": {**tiny.RECIPE["views"], "scale": [0.6, 1.0]},
@@ -58,7 +57,7 @@ class PoisonedLoss(MSELoss):
     calls = -1  # the preflight is a call
 
     def forward(self, pred, target, mask, latent):
-        loss = super().forward(pred, target, mask, latent)
+        loss = super().forward(pred, target, mask, latent).loss
         type(self).calls += 1
         return loss * float("nan") if self.calls - 1 in self.steps else loss
 
@@ -219,7 +218,7 @@ def stopped_after(folder: Path, step: int, *overrides: str) -> Path:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     stop_at = step
-    registry._manager.register(Stop())
+    registry.listen(Stop())
     with pytest.raises(SystemExit) as stopped:
         run(folder, *overrides, registry=registry)
     assert stopped.value.code == 128 + signal.SIGTERM
@@ -250,7 +249,7 @@ def crashed_after(folder: Path, step: int, *overrides: str) -> Path:
             if path.name.endswith(f"{step:08d}"):
                 raise KeyboardInterrupt
 
-    registry._manager.register(Crash())
+    registry.listen(Crash())
     with pytest.raises(KeyboardInterrupt):
         run(folder, "checkpoint.every_steps=1", *overrides, registry=registry)
     return folder / "tiny"
@@ -271,7 +270,7 @@ def test_a_run_killed_at_a_random_moment_resumes_bit_for_bit(tmp_path, trial):
                 if step == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        registry._manager.register(Kill())
+        registry.listen(Kill())
         try:
             run(tmp_path / "killed", *options, registry=registry)
         finally:
@@ -291,10 +290,15 @@ def test_a_run_begun_on_two_ranks_goes_on_with_one(tmp_path, mode):
 
     def rank_main(rank: int):
         registry = RegistryWith(RecordingMasker)
-        with process_group("cpu") as (world, device):
-            trainer = Trainer(recipe_at(tmp_path / "moved", *options, registry=registry), registry, world, device)
-            trainer.after = trainer._save
-            trainer._save = lambda done: (trainer.after(done), setattr(trainer, "stop_agreed", True))
+        recipe = recipe_at(tmp_path / "moved", *options, registry=registry)
+        with Trainer.opened(recipe, registry) as trainer:
+            save = trainer.checkpoints.save
+
+            def save_and_stop(done, numbers):
+                save(done, numbers)
+                trainer.stop.agreed = True
+
+            trainer.checkpoints.save = save_and_stop
             with pytest.raises(SystemExit):
                 trainer.fit()
 
@@ -337,7 +341,7 @@ def test_a_nonfinite_loss_skips_the_update_and_is_recorded_with_its_samples(tmp_
         old, new = before.tensors(group), after.tensors(group)
         assert all(torch.equal(old[name], new[name]) for name in old), group
     [line] = [json.loads(text) for text in (run_dir / "nonfinite.jsonl").read_text().splitlines()]
-    assert line == {"step": 2, "phase": "main", "cause": "loss", "positions": list(range(16, 24))}
+    assert line == {"step": 2, "phase": "main", "cause": "loss", "losses": ["main"], "positions": list(range(16, 24))}
     assert all(torch.isfinite(tensor).all() for tensor in final_tensors(run_dir).values())
 
 
@@ -389,7 +393,7 @@ def test_run_hooks_tell_what_has_happened_in_order(tmp_path):
         def mim_run_finished(self, error):
             told.append(("finished", error))
 
-    registry._manager.register(Listener())
+    registry.listen(Listener())
     run(tmp_path, "train.steps=2", registry=registry)
     assert told == [("started", 2), ("logged", 1), ("logged", 2), ("saved", "step_00000002"), ("finished", None)]
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from mim_framework.train.progress import Progress, summary
+from mim_framework.training.progress import Progress, summary
 
 SPEED = {"images_per_s": 812.4, "step_s": 0.5, "wait_share": 0.034}
 THROUGHPUT = SimpleNamespace(recent=lambda: SPEED, eta=lambda remaining: timedelta(seconds=remaining))

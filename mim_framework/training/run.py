@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from mim_framework.assembly.builder import Model
-from mim_framework.base.precision import uses_bfloat16
 from mim_framework.base.schedule import epoch_of
 from mim_framework.contract.components import Source
 from mim_framework.contract.step import Step
@@ -17,6 +15,7 @@ from mim_framework.contract.world import World
 from mim_framework.data.loader import Batch
 from mim_framework.data.order import BatchLayout
 from mim_framework.recipe.recipe import Recipe
+from mim_framework.runtime.step import StepEngine
 
 
 @dataclass
@@ -32,11 +31,7 @@ class Run:
     layout: BatchLayout
     steps_per_epoch: int
     total_steps: int
-
-    @cached_property
-    def bfloat16(self) -> bool:
-        """Whether forward passes run under bfloat16 autocast."""
-        return uses_bfloat16(self.recipe.train.precision, self.device)
+    engine: StepEngine
 
     @property
     def epochs(self) -> float:
@@ -53,7 +48,7 @@ class Run:
 
     def step(self, index: int, batch: Batch, phase: str) -> Step:
         """A step as the components see it."""
-        return Step(
+        return self.engine.step(
             index=index,
             total=self.total_steps,
             epoch=self.epoch(index),
@@ -63,5 +58,4 @@ class Run:
             seed=self.recipe.seed,
             world=self.world,
             phase=phase,
-            teachers=self.model.teachers.session(bfloat16=self.bfloat16),
         )

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 
 if TYPE_CHECKING:
     from mim_framework.runtime.metrics import Throughput
-    from mim_framework.train.run import Run
+    from mim_framework.training.run import Run
 
 
 class Progress:

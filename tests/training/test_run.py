@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,12 +25,14 @@ from mim_framework.contract.hooks import hookimpl
 from mim_framework.contract.world import World
 from mim_framework.data.sources.digits import DigitsSource
 from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.recipe.training import TrainSection
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
-from mim_framework.train.directory import prepare_directory, sole_run
-from mim_framework.train.run import Run
-from mim_framework.train.trainer import Trainer, train
+from mim_framework.training.directory import prepare_directory, sole_run
+from mim_framework.training.run import Run
+from mim_framework.training.setup import set_up
+from mim_framework.training.trainer import Trainer, train
 
 
 def recipe(**train):
@@ -57,7 +60,7 @@ def test_the_micro_batch_is_derived_or_checked():
 
 
 def test_epochs_count_steps_in_the_order_of_the_official_arithmetic():
-    run = Run(None, recipe(), None, None, None, None, None, steps_per_epoch=3, total_steps=12)
+    run = Run(None, recipe(), *[None] * 5, steps_per_epoch=3, total_steps=12, engine=None)
     assert [run.epoch(index) for index in (0, 1, 3, 5)] == [0.0, 1 / 3, 1.0, 2 / 3 + 1]
     assert run.epochs == 4
     assert [done for done in range(1, 13) if run.due(done, 2)] == [6, 12]
@@ -190,6 +193,14 @@ def test_a_run_is_not_resumed_on_another_number_of_images(tmp_path, monkeypatch)
     assert read_metrics(told)[-1]["step"] == 2
 
 
+def start_of(recipe: Recipe, registry: RegistryWith, world: World) -> int:
+    """The step from which a rank would go on."""
+    directory = partial(prepare_directory, recipe, registry, world, fresh=False)
+    trainer = Trainer(set_up(recipe, registry, world, torch.device("cpu"), directory), registry)
+    trainer.go_on_from(trainer.checkpoints.newest())
+    return trainer.start
+
+
 def test_only_rank_0_hashes_the_checkpoint(tmp_path):
     run_dir = train_tiny(tmp_path)
 
@@ -199,7 +210,7 @@ def test_only_rank_0_hashes_the_checkpoint(tmp_path):
         checkpoint._sha256 = lambda path: hashed.append(path.name) or real(path)
         registry = RegistryWith()
         recipe = tiny_recipe(tmp_path, registry)
-        return Trainer(recipe, registry, World(rank, 2), torch.device("cpu")).start, "model.safetensors" in hashed
+        return start_of(recipe, registry, World(rank, 2)), "model.safetensors" in hashed
 
     assert run_ranks(rank_main) == [(2, True), (2, False)]
     assert run_dir.is_dir()
@@ -213,9 +224,9 @@ def test_a_rank_that_does_not_see_the_checkpoint_names_the_folder(tmp_path):
         registry = RegistryWith()
         recipe = tiny_recipe(tmp_path / f"node{rank}", registry)
         if rank == 0:
-            return Trainer(recipe, registry, World(rank, 2), torch.device("cpu")).start
+            return start_of(recipe, registry, World(rank, 2))
         with pytest.raises(CheckpointError, match=r"rank 0 resumes from .*node1.*output_dir must be a folder that all"):
-            Trainer(recipe, registry, World(rank, 2), torch.device("cpu"))
+            start_of(recipe, registry, World(rank, 2))
         return None
 
     assert run_ranks(rank_main) == [2, None]
@@ -267,8 +278,8 @@ def test_a_listener_that_fails_is_named_once_and_ends_nothing(tmp_path, caplog):
         def mim_run_finished(self, error):
             told.append(error)
 
-    registry._manager.register(Sound(), name="sound")
-    registry._manager.register(Faulty(), name="faulty")
+    registry.listen(Sound(), name="sound")
+    registry.listen(Faulty(), name="faulty")
     run_dir = train_tiny(tmp_path, registry=registry)
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000002"]
     assert told == [("tiny", 1), ("tiny", 2), None]

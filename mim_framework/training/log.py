@@ -1,0 +1,126 @@
+"""What a run writes down after its steps: progress, lines of metrics.jsonl, steps that were skipped."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from mim_framework.base.errors import TrainingError
+from mim_framework.contract.components import Component
+from mim_framework.data.loader import Loader
+from mim_framework.runtime.metrics import MetricsWriter, Throughput
+from mim_framework.runtime.optim import Optimizer
+from mim_framework.training.measured import History, Summary
+from mim_framework.training.progress import Progress
+from mim_framework.training.run import Run
+
+
+class Log:
+    """The log of one run on one rank; rank 0 writes.
+
+    `window` holds sums of what was measured since the last line, `nonfinite_in_a_row` counts skipped steps.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        optimizers: dict[str, Optimizer],
+        loader: Loader,
+        metrics: MetricsWriter | None,
+        progress: Progress,
+        state: dict[str, Any],
+    ) -> None:
+        self.run, self.optimizers, self.loader = run, optimizers, loader
+        self.metrics, self.progress = metrics, progress
+        self.throughput = Throughput(run.device)
+        self.window: dict[str, float] = dict(state.get("window", {}))
+        self.nonfinite_in_a_row = int(state.get("nonfinite_in_a_row", 0))
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must remember."""
+        return {"window": self.window, "nonfinite_in_a_row": self.nonfinite_in_a_row}
+
+    def step(self, done: int, measured: Summary) -> dict[str, float] | None:
+        """After a step; the line that was written, if one was due.
+
+        Raises:
+            TrainingError: if too many steps in a row were skipped.
+        """
+        run, recipe = self.run, self.run.recipe
+        self._count(done, measured)
+        self.throughput.step(run.layout.total_batch_size, self.loader.wait_seconds)
+        self.progress.update(done, measured.losses, lr=self.rates(), throughput=self.throughput)
+        if done % recipe.log.every_steps == 0 or done == run.total_steps:
+            return self._line(done)
+        return None
+
+    def skipped(self, index: int, phase: str, history: History, summary: Summary) -> None:
+        """A line of nonfinite.jsonl: which losses, and the samples of the micro-batches where they are not finite.
+
+        Every rank must call it; a loss or sample counts whichever rank holds it.
+        """
+        run = self.run
+        losses = run.world.gather(torch.stack([entry["loss"].float() for entry in history.values]))
+        positions = run.world.gather(torch.stack(history.positions))
+        if not run.world.is_main:
+            return
+        bad = ~losses.isfinite()
+        cause = "loss" if bool(bad.any()) else "gradient"
+        samples = positions[bad] if cause == "loss" else positions
+        parts = [name.removeprefix("loss/") for name in summary.nonfinite_losses if name != "loss"]
+        line = {"step": index, "phase": phase, "cause": cause, "losses": parts, "positions": samples.flatten().tolist()}
+        with (run.dir / "nonfinite.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        which = f" ({', '.join(parts)})" if parts else ""
+        self.note(
+            f"step {index}: the {cause}{which} is not finite, no update; `mim replay {run.dir}` says where it begins"
+        )
+
+    def rates(self) -> dict[str, float]:
+        """The learning rates of the last step."""
+        return {"lr" if len(self.optimizers) == 1 else f"lr/{name}": o.lr for name, o in self.optimizers.items()}
+
+    def numbers(self, done: int, numbers: dict[str, float]) -> None:
+        """A line of its own, such as that of an evaluation."""
+        if self.metrics is not None:
+            self.metrics.write(done, numbers)
+
+    def note(self, text: str) -> None:
+        """A line on the console."""
+        self.progress.note(text)
+
+    def _count(self, done: int, measured: Summary) -> None:
+        if measured.finite:
+            self.nonfinite_in_a_row = 0
+            for name, value in {**measured.named(), "steps": 1.0}.items():
+                self.window[name] = self.window.get(name, 0.0) + value
+            return
+        self.nonfinite_in_a_row += 1
+        self.window["skipped_steps"] = self.window.get("skipped_steps", 0.0) + 1.0
+        if self.nonfinite_in_a_row > self.run.recipe.train.max_nonfinite_steps:
+            raise TrainingError(
+                f"the loss or its gradient was not finite in {self.nonfinite_in_a_row} steps in a row, up to step "
+                f"{done}; the samples are in {self.run.dir / 'nonfinite.jsonl'}; mim replay {self.run.dir} names the "
+                "module where it begins. Lower the learning rate, set optim.clip_grad_norm or use "
+                "train.precision=float32. The last checkpoint is from before"
+            )
+
+    def _line(self, done: int) -> dict[str, float]:
+        steps, skipped = self.window.pop("steps", 0.0), self.window.pop("skipped_steps", 0.0)
+        line = {
+            "epoch": self.run.epoch(done),
+            **{name: total / steps for name, total in self.window.items()},
+            **self.rates(),
+        }
+        self.window = {}
+        if skipped:
+            line["skipped_steps"] = skipped
+        for path, module in self.run.model.objective.named_modules():
+            if isinstance(module, Component):  # by place, as two heads may hold components of one name
+                line |= {f"{path or module.name}/{name}": value.item() for name, value in module.metrics().items()}
+        line |= {f"broken/{cause}": float(count) for cause, count in self.loader.broken_counts.items()}
+        line |= self.throughput.take()
+        self.numbers(done, line)
+        return line

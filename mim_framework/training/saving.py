@@ -1,0 +1,107 @@
+"""When a run is saved, what a checkpoint holds of it, and how it goes on from one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mim_framework.base.errors import CheckpointError, DataError
+from mim_framework.checkpoints import checkpoint, state
+from mim_framework.runtime.optim import Optimizer
+from mim_framework.runtime.sharding import local
+from mim_framework.training.run import Run
+
+
+class Saver:
+    """The checkpoints of one run.
+
+    Args:
+        saved: told the path of every checkpoint, on rank 0.
+    """
+
+    def __init__(self, run: Run, optimizers: dict[str, Optimizer], saved: Callable[[Path], None]) -> None:
+        self.run, self.optimizers, self.saved = run, optimizers, saved
+        self.folder = run.dir / "checkpoints"
+        self.kept_in: set[int] = set()
+
+    def due(self, done: int) -> bool:
+        """Whether the recipe wants one after `done` steps."""
+        section = self.run.recipe.checkpoint
+        every_steps = bool(section.every_steps) and done % section.every_steps == 0
+        return every_steps or self.run.due(done, section.every_epochs)
+
+    def worth_keeping(self, done: int) -> bool:
+        """Whether the state after a skipped step should be saved: its weights are finite, and none of this epoch was.
+
+        Every rank must call it.
+        """
+        epoch = int(self.run.epoch(done))
+        if epoch in self.kept_in:
+            return False
+        self.kept_in.add(epoch)
+        parameters = self.run.model.objective.parameters()
+        broken = sum((~local(parameter.detach()).isfinite()).sum() for parameter in parameters)
+        return float(self.run.world.sum(broken.float())) == 0
+
+    def save(self, done: int, numbers: dict[str, Any]) -> None:
+        """Write the state after `done` steps. Every rank must call it.
+
+        Args:
+            numbers: what the log and the count of skipped steps must remember.
+        """
+        run, teachers = self.run, self.run.model.teachers.moving()
+        groups = state.gather(run.model.objective, teachers, self.optimizers, run.world)
+        content = {
+            "num_images": len(run.source),
+            **numbers,
+            "optimizer_scalars": state.scalars(self.optimizers),
+        }
+
+        def write() -> Path:
+            path = checkpoint.save_checkpoint(self.folder, done, groups, content)
+            checkpoint.prune(self.folder, run.recipe.checkpoint, run.steps_per_epoch)
+            return path
+
+        path = run.world.on_main(write)
+        if path is not None:
+            self.saved(path)
+
+    def restore(self, found: checkpoint.Checkpoint) -> None:
+        """Put a checkpoint's tensors and numbers into model, teachers and optimizers."""
+        state.restore(found, self.run.model.objective, self.run.model.teachers.moving(), self.optimizers)
+        state.restore_scalars(self.optimizers, found.state["optimizer_scalars"])
+
+    def newest(self) -> checkpoint.Checkpoint | None:
+        """The newest whole checkpoint, the same on every rank, if there is one.
+
+        Raises:
+            CheckpointError: if all are damaged, or this machine does not have that of rank 0.
+            DataError: if the source has another number of images than when it was written.
+        """
+        world = self.run.world
+        found = world.on_main(lambda: self._same_images(checkpoint.find_latest(self.folder)))
+        name = world.share(None if found is None else found.path.name)
+        if name is None or found is not None:
+            return found
+        return self._same_images(_opened(self.folder / name))  # rank 0 has verified it
+
+    def _same_images(self, found: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
+        """The checkpoint, if the source has as many images as when it was written."""
+        now = len(self.run.source)
+        if found is not None and found.state["num_images"] != now:
+            raise DataError(
+                f"data.source has changed since {found.path}: {found.state['num_images']} images -> {now}. The number "
+                "decides the order of the samples, so the run would silently go on with others. Bring the images back, "
+                f"or start a run of its own from these weights: name=... init={found.path}"
+            )
+        return found
+
+
+def _opened(path: Path) -> checkpoint.Checkpoint:
+    if not path.is_dir():
+        raise CheckpointError(
+            f"rank 0 resumes from {path}, which this machine does not have; "
+            "output_dir must be a folder that all machines of the run share"
+        )
+    return checkpoint.load(path, verify=False)

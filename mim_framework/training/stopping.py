@@ -1,0 +1,54 @@
+"""Signals that end a run after the step it is in."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mim_framework.contract.world import World
+from mim_framework.runtime.launch import STOP_SIGNALS
+
+
+class StopSignal:
+    """SIGTERM, SIGUSR1, Ctrl-C: finish the step, save, leave with 128 + signal. A second Ctrl-C leaves at once.
+
+    `agreed` once any rank was told; all ranks then leave after the same step.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.agreed = False
+
+    def told(self, device: torch.device) -> Tensor:
+        """1 if this rank was told, a 0-dim tensor on the device, for the reduction of the step."""
+        return torch.tensor(float(self.received > 0), device=device)
+
+    def leave(self) -> None:
+        """
+        Raises:
+            SystemExit: with 128 + signal.
+        """
+        raise SystemExit(128 + (self.received or signal.SIGTERM))
+
+    @contextmanager
+    def watched(self, world: World) -> Iterator[None]:
+        """Take the signals inside; afterwards they mean what they did before."""
+
+        def note(number: int, frame: Any) -> None:
+            if self.received and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.received = number
+
+        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            # Ranks that stop leave together, and the launcher may pass its signal on once more meanwhile.
+            if not (self.received and world.size > 1):
+                for number, handler in previous.items():
+                    signal.signal(number, handler)

@@ -1,0 +1,260 @@
+"""The training loop. Read `Trainer.train_step` and then `builtins/objectives.py`: the two are one whole training step.
+
+Plugins hook in around the step, never inside it. Everything random follows from the sample positions, schedules are
+pure functions of the step, and a checkpoint holds the rest; so a resumed run goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mim_framework.assembly.builder import build_optimizers
+from mim_framework.base import rng
+from mim_framework.checkpoints.checkpoint import Checkpoint
+from mim_framework.contract.components import Component
+from mim_framework.data.loader import Batch, Loader
+from mim_framework.evaluate.base import Splits
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.recipe import Recipe
+from mim_framework.registry.registry import Registry
+from mim_framework.runtime.launch import process_group
+from mim_framework.runtime.metrics import MetricsWriter, as_picture
+from mim_framework.runtime.sharding import gradient_sync, whole_weights
+from mim_framework.training.directory import prepare_directory, sole_run
+from mim_framework.training.evaluations import Evaluations, planned
+from mim_framework.training.log import Log
+from mim_framework.training.measured import History, Summary
+from mim_framework.training.pictures import draw_fixed
+from mim_framework.training.progress import Progress
+from mim_framework.training.run import Run
+from mim_framework.training.saving import Saver
+from mim_framework.training.setup import set_up
+from mim_framework.training.stopping import StopSignal
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    recipe: Recipe | str | Path, registry: Registry | None = None, *, fresh: bool = False, **overrides: Any
+) -> Path:
+    """Train a recipe, or go on with it if its run directory holds a checkpoint; returns the run directory.
+
+    Args:
+        recipe: a checked one, a file, or the name of a shipped one.
+        fresh: refuse a run directory that already holds a run.
+        overrides: changes of a file or shipped recipe by key, such as `output_dir="/runs"`, `optim={"lr": 1e-3}` or
+            `**{"optim.lr": 1e-3}`.
+
+    Raises:
+        MimError: for everything that a user can cause and cure.
+    """
+    if not isinstance(recipe, Recipe):
+        changes = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        recipe, overrides = load_recipe(recipe, changes, registry), {}
+    if overrides:
+        raise ValueError(f"a checked recipe takes no overrides, got {', '.join(overrides)}; give them to load_recipe")
+    with Trainer.opened(recipe, registry, fresh=fresh) as trainer:
+        trainer.fit()
+        return trainer.run.dir
+
+
+class Trainer:
+    """One run on one rank. `Trainer.opened` gives one that is ready for its next step."""
+
+    loader: Loader
+    log: Log
+
+    def __init__(self, run: Run, registry: Registry) -> None:
+        """A run as `set_up` makes it, before its first step."""
+        self.hook = registry.hook
+        self.failed_listeners: set[str] = set()
+        self.run, self.engine, self.objective = run, run.engine, run.model.objective
+        self.teachers = run.model.teachers
+        splits = Splits.of(run.source)
+        self.held_out = splits.sources.get("test", run.source)
+        self.phases = run.recipe.named_phases()
+        self.optimizers = build_optimizers(run.recipe, self.objective, run.layout.total_batch_size)
+        self.stop = StopSignal()
+        self.checkpoints = Saver(run, self.optimizers, saved=self._saved)
+        self.evaluations = Evaluations(
+            planned(run.recipe, registry), self.objective.encoder, run.model.views, splits,
+            device=run.device, world=run.world, workers=run.recipe.data.num_workers, precision=self._outside_a_step,
+        )  # fmt: skip
+        self.start, self.resumed = 0, None
+
+    @classmethod
+    @contextmanager
+    def opened(cls, recipe: Recipe, registry: Registry | None = None, *, fresh: bool = False) -> Iterator[Trainer]:
+        """A trainer on this rank, with its loader and log open, at the step where its run directory stands.
+
+        Raises:
+            MimError: for everything that a user can cause and cure.
+        """
+        registry = registry or Registry()
+        with process_group(recipe.train.device) as (world, device), sole_run(recipe, world):
+            directory = partial(prepare_directory, recipe, registry, world, fresh=fresh)
+            trainer = cls(set_up(recipe, registry, world, device, directory), registry)
+            trainer.go_on_from(trainer.checkpoints.newest())
+            with trainer._observed():
+                yield trainer
+
+    def go_on_from(self, found: Checkpoint | None) -> None:
+        """Take the state of a checkpoint, if there is one, and stand at its step."""
+        if found is not None:
+            self.checkpoints.restore(found)
+            self.start, self.resumed = found.step, found
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def train_step(self, index: int, micro_batches: Iterable[Batch]) -> Summary:
+        """One optimizer step per phase. Returns the means over micro-batches and ranks of what was measured."""
+        torch.manual_seed(self.step_seed(index))  # dropout and the like, so that they resume exactly
+        accum_steps = self.run.layout.accum_steps
+        summaries: dict[str, Summary] = {}
+        for phase in self.phases:
+            optimizers = [self.optimizers[name] for name in phase.optimizers]
+            history = History(accum_steps, over_positions=self.run.recipe.train.average == "over_positions")
+            for micro, batch in enumerate(micro_batches, start=1):
+                step = self.run.step(index, batch, phase.name)
+                with gradient_sync(self.engine.model, enabled=micro == accum_steps):
+                    loss = history.add(batch, self.engine.forward(step, batch.views))
+                    (phase.sign * loss).backward()
+            self.engine.before_step(step)
+            history.divide(self.objective.parameters(), self.run.world)
+            for optimizer in optimizers:
+                optimizer.schedule(step)
+            grad_norms = {optimizer.name: optimizer.clip() for optimizer in optimizers}
+            summary = history.reduce(
+                self.run.world, grad_norms, self.stop.told(self.run.device)
+            )  # waits for the device
+            if summary.finite:
+                for optimizer in optimizers:
+                    optimizer.step()
+                self.engine.after_step(step)
+            else:
+                self.log.skipped(index, phase.name, history, summary)
+            self.objective.zero_grad(set_to_none=True)
+            summaries[phase.name] = summary
+        measured = Summary.of_phases(summaries)
+        if measured.finite:
+            self.teachers.update(step, self.objective)  # once per step, however many phases it has
+        return measured
+
+    def fit(self) -> None:
+        """All steps that are left, with logging, evaluation and checkpoints after each."""
+        run, error = self.run, None
+        self._announce("mim_run_started")
+        try:
+            with self.stop.watched(run.world), closing(iter(self.loader)) as batches:
+                for doubt in run.recipe.doubts(run.epochs):
+                    self.log.note(doubt)
+                for index in range(self.start, run.total_steps):
+                    micro_batches: Iterable[Batch] = islice(
+                        batches, run.layout.accum_steps
+                    )  # read while the device works
+                    begins = index == 0 and self.engine.begins_from_data()
+                    if begins or len(self.phases) > 1:
+                        micro_batches = list(micro_batches)
+                    if begins:
+                        self.calibrate(micro_batches)
+                    self._after_step(index + 1, self.train_step(index, micro_batches))
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._announce("mim_run_finished", error=error)
+
+    def calibrate(self, micro_batches: Iterable[Batch]) -> None:
+        """Let components begin from the data of the first step."""
+        name = self.phases[0].name
+        self.engine.calibrate([(self.run.step(0, batch, name), batch.views) for batch in micro_batches])
+
+    def step_seed(self, index: int) -> int:
+        """Seed of the global generators for a step, another on every rank."""
+        position = torch.tensor([index * self.run.world.size + self.run.world.rank])
+        return int(rng.random_bits(self.run.recipe.seed, "global generator", position, 1)) & (2**63 - 1)
+
+    # --- after a step; `done` counts the finished ones -------------------------------------------------------------
+
+    def _after_step(self, done: int, measured: Summary) -> None:
+        run, recipe = self.run, self.run.recipe
+        last = done == run.total_steps
+        self.stop.agreed = self.stop.agreed or measured.stop
+        line = self.log.step(done, measured)
+        if line is not None and run.world.is_main:
+            self._announce("mim_metrics_logged", step=done, metrics=line)
+        if last or self.stop.agreed or self.checkpoints.due(done) or self._first_skipped(done, measured):
+            self.checkpoints.save(done, self.log.state())
+        if self.stop.agreed and not last:
+            self.log.note(f"stopped by signal after step {done}; the same command goes on from here")
+            self.stop.leave()
+        self.evaluations.run_due(
+            done, lambda every: last or run.due(done, every), log=self.log.numbers, note=self.log.note
+        )
+        if last or run.due(done, recipe.log.images_every_epochs):
+            self._draw(done)
+
+    def _first_skipped(self, done: int, measured: Summary) -> bool:
+        """Whether to keep the state for `mim replay`: at the first skipped step of a row, if its weights are finite."""
+        return self.log.nonfinite_in_a_row == 1 and not measured.finite and self.checkpoints.worth_keeping(done)
+
+    @contextmanager
+    def _outside_a_step(self) -> Iterator[None]:
+        """For passes beside the step: whole weights, in the precision of the run."""
+        with self.engine.autocast(), whole_weights(self.objective):
+            yield
+
+    def _draw(self, done: int) -> None:
+        with self._outside_a_step():
+            picture = draw_fixed(self.run, self.held_out)
+        if self.log.metrics is None:
+            return
+        if picture is not None:
+            self.log.metrics.image("reconstructions", picture, done)
+        for path, module in self.objective.named_modules():
+            for name, pixels in module.pictures().items() if isinstance(module, Component) else ():
+                self.log.metrics.image(f"{path or module.name}.{name}", as_picture(pixels), done)
+
+    def _saved(self, path: Path) -> None:
+        self._announce("mim_checkpoint_saved", path=path)
+
+    def _announce(self, event: str, **details: Any) -> None:
+        """Tell the plugins that listen to a run event. One that raises is named once, and cannot end the run."""
+        details["run"] = self.run
+        for listener in reversed(getattr(self.hook, event).get_hookimpls()):  # the last registered first, as in pluggy
+            try:
+                listener.function(*[details[name] for name in listener.argnames])
+            except Exception as error:
+                if listener.plugin_name not in self.failed_listeners:
+                    self.failed_listeners.add(listener.plugin_name)
+                    logger.warning(
+                        f"plugin '{listener.plugin_name}' failed in {event}: {type(error).__name__}: {error}. "
+                        "The run goes on; further errors of this plugin are not shown"
+                    )
+
+    @contextmanager
+    def _observed(self) -> Iterator[None]:
+        """Open the loader and what watches the run: metrics, progress, throughput."""
+        run, recipe = self.run, self.run.recipe
+        self.loader = Loader(
+            recipe.data, run.source, run.model.views, seed=recipe.seed, layout=run.layout, start_step=self.start,
+            total_steps=run.total_steps, device=run.device, run_dir=run.dir,
+        )  # fmt: skip
+        metrics = run.world.on_main(lambda: MetricsWriter(run.dir, resume_step=self.start, section=recipe.log))
+        with Progress(run, start=self.start) as progress:
+            state = {} if self.resumed is None else self.resumed.state
+            self.log = Log(run, self.optimizers, self.loader, metrics, progress, state)
+            try:
+                yield
+            finally:
+                if metrics is not None:
+                    metrics.close()
