@@ -13,7 +13,10 @@ __version__ = "0.1.0"
 _HOME = {
     "contract.hooks": ["hookimpl"],
     "base.section": ["Section"],
-    "base.errors": ["MimError", "RecipeError", "PluginError", "DataError", "CheckpointError", "TrainingError"],
+    "base.errors": [
+        "MimError", "RecipeError", "PluginError", "DataError", "CheckpointError", "TrainingError",
+        "BrokenImage",
+    ],
     "base.schedule": ["Schedule", "Curve", "extremes", "value_at"],
     "base.rng": ["random_bits", "uniform", "permutation"],
     "contract.records": ["Ask", "Latent", "Masked", "Measured", "Outcome", "Pred", "Sample", "Stretch", "Views"],
@@ -40,7 +43,7 @@ _HOME = {
     "nn.positions": ["sincos_position_table"],
     "layouts.tables": ["unfold_to_places"],
     "base.precision": ["without_autocast"],
-    "data.decode": ["BrokenImage", "Image", "Interpolation", "JpegBackend", "MAX_PIXELS", "PILLOW_MAX_PIXELS"],
+    "data.decode": ["Image", "Interpolation", "JpegBackend", "MAX_PIXELS", "PILLOW_MAX_PIXELS"],
     "data.views": ["NUM_CROP_RANDOM", "ImageViews", "Share", "increasing", "jitter_color", "random_resized_crop_box"],
 }  # fmt: skip
 _MODULE_OF = module_of_names(_HOME)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+Cause = Literal["empty", "not_an_image", "truncated", "too_large", "unreadable", "unsupported"]
+"""Why an image cannot be used."""
+
 
 class MimError(Exception):
     """Base of every error that a user can cause and cure."""
@@ -20,6 +25,14 @@ class PluginError(MimError):
 
 class DataError(MimError):
     """The images cannot be read, or too many of them are broken."""
+
+
+class BrokenImage(DataError):
+    """One image cannot be used. `cause` is the class under which it is counted, `name` the sample's name."""
+
+    def __init__(self, name: str, cause: Cause, detail: str) -> None:
+        super().__init__(f"{name}: {cause}: {detail}")
+        self.name, self.cause, self.detail = name, cause, detail
 
 
 class CheckpointError(MimError):

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from mim_framework.assembly.builder import Model, build_model, build_source, decides_pixels
-from mim_framework.base.errors import DataError, RecipeError
+from mim_framework.base.errors import BrokenImage, DataError, RecipeError
 from mim_framework.base.precision import uses_bfloat16
 from mim_framework.contract.components import Source, Target
 from mim_framework.contract.records import Masked
 from mim_framework.data.companions import TokenFacts, TokenWriter
-from mim_framework.data.decode import BrokenImage
 from mim_framework.data.prefetch import prefetch
-from mim_framework.data.reader import TrainingReader
+from mim_framework.data.reader import TrainingReader, read_each
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import choose_device
@@ -112,9 +111,9 @@ class _Reader:
     def __getitem__(self, request: tuple[int, list[int]]) -> tuple[Any, list[int], dict[str, Tensor] | None]:
         number, indices = request
         read, samples = [], []
-        for index in indices:
+        for index, sample in zip(indices, read_each(self.reader.source, indices), strict=True):
             try:
-                samples.append(self.reader.fixed_view(index, number))
+                samples.append(self.reader.fixed_view(sample, index, number))
                 read.append(index)
             except BrokenImage:
                 continue

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mim_framework.base import rng
+from mim_framework.base.errors import BrokenImage
 from mim_framework.base.precision import without_autocast
 from mim_framework.base.schedule import Curve
 from mim_framework.base.section import Section
@@ -403,11 +404,26 @@ class Source:
 
     @abstractmethod
     def read(self, index: int) -> Sample:
-        """The sample at `index`. An unreadable one raises `mim_framework.data.decode.BrokenImage`."""
+        """The sample at `index`. An unreadable one raises `mim_framework.BrokenImage`."""
+
+    def read_many(self, indices: Sequence[int]) -> list[Sample | BrokenImage]:
+        """The samples at `indices`, in their order; an unreadable one is its `BrokenImage`, returned and not raised.
+
+        A source that has several samples for the price of one overrides this: it is asked for whole micro-batches.
+        """
+        return [sample_or_broken(self, index) for index in indices]
 
     def evaluation_sources(self) -> tuple[Source, Source] | None:
         """(train, test) with labels for kNN, or None."""
         return None
+
+
+def sample_or_broken(source: Source, index: int) -> Sample | BrokenImage:
+    """What `source.read` gives, with the error of an unreadable sample in its place."""
+    try:
+        return source.read(index)
+    except BrokenImage as error:
+        return error
 
 
 class CheckpointFormat:

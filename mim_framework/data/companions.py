@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from mim_framework.base import rng
-from mim_framework.base.errors import DataError
+from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.base.files import replace_file
 from mim_framework.contract.components import ViewBuilder
 from mim_framework.contract.mask import Grid
 from mim_framework.contract.records import Sample, Views
 from mim_framework.contract.specs import ViewSpec
 from mim_framework.contract.step import Step
-from mim_framework.data.decode import BrokenImage
 
 IDS, FACTS, UNFINISHED = "ids.npy", "tokens.json", "unfinished.json"
 FORMAT = 1

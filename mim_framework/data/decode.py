@@ -28,9 +28,8 @@ from PIL import Image as pil
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mim_framework.base.errors import DataError
+from mim_framework.base.errors import BrokenImage, DataError
 
-Cause = Literal["empty", "not_an_image", "truncated", "too_large", "unreadable", "unsupported"]
 JpegBackend = Literal["auto", "pillow", "torchcodec"]
 """What decodes plain JPEGs; `auto` is the faster one that is installed."""
 Interpolation = Literal["bicubic", "bilinear", "lanczos"]
@@ -61,14 +60,6 @@ _ORIENTATIONS = {
     7: (True, True, True),
     8: (True, True, False),
 }
-
-
-class BrokenImage(DataError):
-    """One image cannot be used. `cause` is the class under which it is counted, `name` the sample's name."""
-
-    def __init__(self, name: str, cause: Cause, detail: str) -> None:
-        super().__init__(f"{name}: {cause}: {detail}")
-        self.name, self.cause, self.detail = name, cause, detail
 
 
 def open_image(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mim_framework.base import rng
-from mim_framework.contract.components import Source, ViewBuilder
-from mim_framework.data.decode import BrokenImage
+from mim_framework.base.errors import BrokenImage, DataError
+from mim_framework.contract.components import Source, ViewBuilder, sample_or_broken
+from mim_framework.contract.records import Sample
 
 MAX_REPLACEMENTS = 16
 """So many samples in a row may be broken before a position is given up."""
@@ -36,6 +39,23 @@ class Request(NamedTuple):
     indices: list[int]
 
 
+def read_each(source: Source, indices: Sequence[int]) -> Iterator[Sample | BrokenImage]:
+    """The samples at `indices`, in order, a broken one in its place.
+
+    Read together only where the source has a way of its own for it: the encoded images of a micro-batch are many bytes.
+
+    Raises:
+        DataError: if `read_many` of the source gives another number of samples.
+    """
+    if type(source).read_many is Source.read_many:
+        yield from (sample_or_broken(source, index) for index in indices)
+        return
+    found = source.read_many(indices)
+    if len(found) != len(indices):
+        raise DataError(f"data.source '{source.name}': read_many gave {len(found)} samples for {len(indices)} indices")
+    yield from found
+
+
 class TrainingReader:
     """Reads one micro-batch per call, in a worker."""
 
@@ -46,38 +66,52 @@ class TrainingReader:
         """The request, its batch (None if a position found no usable sample) and the broken samples."""
         broken: list[Broken] = []
         samples = []
-        rand = None
+        rows: Iterable[Tensor | None] = repeat(None, len(request.positions))
         if self.views_per_image is None:
-            rand = rng.uniform(self.seed, "views", torch.tensor(request.positions), self.views.num_random)
-        for number, (position, index) in enumerate(zip(request.positions, request.indices, strict=True)):
-            sample = self._sample(position, index, None if rand is None else rand[number], broken)
-            if sample is None:
+            rows = rng.uniform(self.seed, "views", torch.tensor(request.positions), self.views.num_random)
+        found = read_each(self.source, request.indices)
+        for position, index, sample, row in zip(request.positions, request.indices, found, rows, strict=True):
+            views = self._usable(position, index, sample, row, broken)
+            if views is None:
                 return request, None, broken
-            samples.append(sample)
+            samples.append(views)
         return request, self.views.collate(samples), broken
 
-    def fixed_view(self, index: int, number: int) -> dict[str, Tensor]:
-        """One of the fixed views of a sample: its crop follows from the sample and the number alone.
+    def fixed_view(self, sample: Sample | BrokenImage, index: int, number: int) -> dict[str, Tensor]:
+        """One of the fixed views of the sample at `index`: its crop follows from the index and the number alone.
 
         Raises:
             BrokenImage: if the sample cannot be used.
         """
         place = torch.tensor([index * self.views_per_image + number])
         row = rng.uniform(self.seed, "fixed views", place, self.views.num_random)[0]
-        return self.views.for_sample(self.source.read(index), row, index, number)
+        return self._views(sample, row, index, number)
 
-    def _sample(self, position: int, index: int, row: Tensor | None, broken: list[Broken]) -> dict[str, Tensor] | None:
+    def _usable(
+        self, position: int, index: int, sample: Sample | BrokenImage, row: Tensor | None, broken: list[Broken]
+    ) -> dict[str, Tensor] | None:
         """The views of the sample, or of the first usable one of those that this position falls back to."""
         for attempt in range(1 + MAX_REPLACEMENTS):
+            if attempt:
+                index = self._replacement(position, attempt - 1)
+                sample = sample_or_broken(self.source, index)
             try:
                 if row is None:
-                    return self.fixed_view(index, position // len(self.source) % self.views_per_image)
-                return self.views.for_sample(self.source.read(index), row, index, 0)
+                    return self.fixed_view(sample, index, position // len(self.source) % self.views_per_image)
+                return self._views(sample, row, index, 0)
             except BrokenImage as error:
                 broken.append(Broken(position, index, error.name, error.cause, error.detail))
-            bits = rng.random_bits(self.seed, "replacement", torch.tensor([position]), MAX_REPLACEMENTS)
-            index = int(bits[0, min(attempt, MAX_REPLACEMENTS - 1)] % len(self.source))
         return None
+
+    def _replacement(self, position: int, number: int) -> int:
+        """Index of the sample that a position falls back to, the first one with number 0."""
+        bits = rng.random_bits(self.seed, "replacement", torch.tensor([position]), MAX_REPLACEMENTS)
+        return int(bits[0, number] % len(self.source))
+
+    def _views(self, sample: Sample | BrokenImage, row: Tensor, index: int, number: int) -> dict[str, Tensor]:
+        if isinstance(sample, BrokenImage):
+            raise sample
+        return self.views.for_sample(sample, row, index, number)
 
 
 class _EvaluationReader:
@@ -88,9 +122,10 @@ class _EvaluationReader:
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor | None, Tensor, list[Broken]]:
         images, labels, broken = [], [], []
-        for index in indices:
+        for index, sample in zip(indices, read_each(self.source, indices), strict=True):
             try:
-                sample = self.source.read(index)
+                if isinstance(sample, BrokenImage):
+                    raise sample
                 images.append(self.views.evaluation_view(sample))
                 labels.append(-1 if sample.label is None else sample.label)
             except BrokenImage as error:

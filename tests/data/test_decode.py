@@ -15,9 +15,9 @@ from PIL import Image as pil
 from PIL import ImageFile, ImageOps
 from torch import Tensor
 
-from mim_framework.base.errors import DataError
+from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.data import decode
-from mim_framework.data.decode import BrokenImage, open_image
+from mim_framework.data.decode import open_image
 
 
 def encode(image: pil.Image, format: str = "PNG", **options) -> bytes:

@@ -16,12 +16,11 @@ from PIL import Image as pil
 from pydantic import ValidationError
 
 from mim_framework.base import rng
-from mim_framework.base.errors import DataError
+from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.base.section import Choice
 from mim_framework.contract.components import Source
 from mim_framework.contract.records import Sample
 from mim_framework.data import prefetch
-from mim_framework.data.decode import BrokenImage
 from mim_framework.data.loader import TOLERATED_BROKEN, DataSection, Loader, evaluation_batches
 from mim_framework.data.order import BatchLayout, SampleOrder
 from mim_framework.data.reader import Broken
@@ -281,6 +280,56 @@ def test_files_of_a_folder_go_through_the_same_path(tmp_path):
     loader = make_loader(FolderSource(FolderSource.Config(root=str(tmp_path))), max_broken=1)
     assert set(samples_of(stream(loader))) <= set(range(6))
     assert set(loader.broken_counts) == {"not_an_image", "empty", "truncated"}
+
+
+# --- many at once ------------------------------------------------------------------------------------------------
+
+
+class Together(Numbers):
+    """Reads many samples in one request, and writes down which."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.requests: list[list[int]] = []
+
+    def read_many(self, indices):
+        self.requests.append(list(indices))
+        return super().read_many(indices)
+
+
+def test_read_many_returns_a_broken_sample_in_its_place():
+    first, second = Numbers(broken=frozenset({3})).read_many([3, 1])
+    assert isinstance(first, BrokenImage)
+    assert (first.name, first.cause) == ("3.jpg", "truncated")
+    assert second.name == "1.jpg"
+
+
+def test_a_source_is_asked_for_whole_micro_batches_and_for_single_replacements():
+    together = Together(broken=frozenset({3, 11}))
+    loader = make_loader(together, max_broken=1)
+    batches = stream(loader)
+    order = SampleOrder(0, NUM_SAMPLES).indices(range(48))
+    assert together.requests == [order[i : i + 4] for i in range(0, 48, 4)]
+    one_by_one = make_loader(Numbers(broken=frozenset({3, 11})), max_broken=1)
+    assert_same(batches, stream(one_by_one))
+    assert loader.broken_counts == one_by_one.broken_counts
+
+
+def test_evaluation_reads_together_too():
+    together = Together(broken=frozenset({1}), num_samples=6)
+    views = ImageViews(ImageViews.Config(img_size=8))
+    labels = [labels.tolist() for _, labels in evaluation_batches(together, views, 4)]
+    assert labels == [[0, 2, 0], [1, 2]]
+    assert together.requests == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_a_source_that_loses_samples_is_named():
+    class Forgetful(Numbers):
+        def read_many(self, indices):
+            return super().read_many(indices)[1:]
+
+    with pytest.raises(DataError, match="data.source 'numbers': read_many gave 3 samples for 4 indices"):
+        next(iter(make_loader(Forgetful())))
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ from PIL import Image as pil
 from pydantic import ValidationError
 from torchvision import datasets
 
-from mim_framework.base.errors import DataError
-from mim_framework.data.decode import BrokenImage
+from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.data.sources.digits import DigitsSource
 from mim_framework.data.sources.folder import FolderSource
 from mim_framework.data.sources.torchvision import TorchvisionSource

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import Field, model_validator
 
-from mim_framework.base.errors import DataError
+from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.base.section import Section
 from mim_framework.contract.components import Source
 from mim_framework.contract.records import Sample
-from mim_framework.data.decode import BrokenImage
 from mim_framework.data.stores import RemoteFolder, store_of
 
 # fmt: off

@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mim_framework.base.errors import DataError
+from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.base.section import Section
 from mim_framework.contract.components import Source
 from mim_framework.contract.records import Sample
-from mim_framework.data.decode import BrokenImage
 
 # data set -> our split -> the arguments by which its class selects it
 _TRAIN_FLAG: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
