@@ -35,6 +35,7 @@ from mim_framework.contract.components import (
 )
 from mim_framework.contract.specs import Specs
 from mim_framework.data.companions import CachedTokenViews, TokenCache
+from mim_framework.data.order import sample_order
 from mim_framework.nn.images import Renormalize
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
@@ -79,9 +80,15 @@ def build_model(recipe: Recipe, registry: Registry, *, with_weights: bool = True
 
 
 def build_source(recipe: Recipe, registry: Registry) -> Source:
-    """The recipe's data source; reads listings, not images."""
+    """The recipe's data source; reads listings, not images.
+
+    Raises:
+        DataError: if there is none, or it cannot be read in the recipe's order.
+    """
     cls, config = registry.resolve("source", recipe.data.source)
-    return cls(config)
+    source = cls(config)
+    sample_order(recipe.data.order, source, recipe.seed, recipe.data.order_window)
+    return source
 
 
 def build_optimizers(recipe: Recipe, objective: Objective, total_batch_size: int) -> dict[str, Optimizer]:

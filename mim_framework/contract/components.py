@@ -392,6 +392,9 @@ class Source:
 
     classes: Sequence[str] | None = None
     """Class names if the samples carry labels."""
+    blocks: Sequence[int] | None = None
+    """Lengths of runs of samples that are cheap to read together, such as those of a shard, in order; they add up to
+    all. None if every sample costs the same wherever it lies. The recipe may then say `data.order: blocks`."""
     remote: bool = False
     """True if `read` opens network connections, which do not survive a fork: workers are then started without one."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mim_framework.base.errors import DataError
 from mim_framework.base.section import Choice, Section
 from mim_framework.contract.components import Source, ViewBuilder
-from mim_framework.data.order import BatchLayout, SampleOrder
+from mim_framework.data.order import BatchLayout, OrderKind, sample_order
 from mim_framework.data.prefetch import prefetch
 from mim_framework.data.reader import MAX_REPLACEMENTS, Broken, Request, TrainingReader, _EvaluationReader
 
@@ -31,6 +31,12 @@ class DataSection(Section):
 
     source: Choice
     """Where the images come from."""
+    order: OrderKind = "shuffled"
+    """`shuffled`: every epoch is a new random order of all images. `blocks`: a random order of the source's blocks, for
+    example shards, of which `order_window` at a time are shuffled into each other; cheap where they lie behind a
+    network. `sequential`: the source's own order in every epoch."""
+    order_window: int = Field(16, ge=1)
+    """Blocks that are shuffled into each other with `order: blocks`; a worker has to hold about so many."""
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Processes per rank that read and decode; 0 reads in the training process, `auto` follows the processor cores."""
     prefetch_factor: int = Field(2, ge=1)
@@ -90,9 +96,14 @@ class Loader:
         on_broken: Callable[[Broken], None] | None = None,
         run_dir: Path | None = None,
     ) -> None:
-        """`on_broken` is told every broken sample; in `run_dir` they are listed as broken_images.rankR.jsonl."""
+        """`on_broken` is told every broken sample; in `run_dir` they are listed as broken_images.rankR.jsonl.
+
+        Raises:
+            DataError: if the source has no blocks and the section wants an order of them.
+        """
         self.section, self.source, self.views = section, source, views
         self.seed, self.layout = seed, layout
+        self.order = sample_order(section.order, source, seed, section.order_window)
         self.start_step, self.total_steps = start_step, total_steps
         self.device = device
         self.wait_seconds = 0.0
@@ -134,11 +145,10 @@ class Loader:
             del batches  # ends the workers now, also where the traceback of an error would keep them alive
 
     def _requests(self) -> Iterator[Request]:
-        order = SampleOrder(self.seed, len(self.source))
         for step in range(self.start_step, self.total_steps):
             for micro in range(self.layout.accum_steps):
                 positions = self.layout.positions(step, micro)
-                yield Request(step, micro, list(positions), order.indices(positions))
+                yield Request(step, micro, list(positions), self.order.indices(positions))
 
     def _record(self, request: Request, broken: list[Broken], complete: bool) -> None:
         """Count and list broken samples, and stop above the budget."""
