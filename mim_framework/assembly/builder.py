@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mim_framework.assembly.fits import refusal
 from mim_framework.assembly.trained import trained_encoder
@@ -33,8 +33,10 @@ from mim_framework.contract.components import (
     Target,
     ViewBuilder,
 )
+from mim_framework.contract.records import Views
 from mim_framework.contract.specs import Specs
-from mim_framework.data.companions import CachedTokenViews, TokenCache
+from mim_framework.contract.step import Step
+from mim_framework.data.companions import Companion, TokenCache, example_of
 from mim_framework.data.order import sample_order
 from mim_framework.nn.images import Renormalize
 from mim_framework.recipe.recipe import Recipe
@@ -53,6 +55,18 @@ class Model:
     objective: Objective
     teachers: Teachers
     specs: Specs
+    companions: tuple[Companion, ...]
+
+    def example(self, batch_size: int) -> dict[str, Tensor]:
+        """A made-up batch before `prepare`: the views, and what travels beside them."""
+        beside = {each.spec.name: example_of(each.spec, batch_size) for each in self.companions}
+        return {**self.views.example(batch_size), **beside}
+
+    def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
+        """A batch on the device as the slots see it: prepared views, and what travels beside them as it is."""
+        beside = {each.spec.name for each in self.companions} & batch.keys()
+        views = self.views.prepare(step, {name: view for name, view in batch.items() if name not in beside})
+        return {**views, **{name: batch[name] for name in sorted(beside)}}
 
     def to(self, device: torch.device) -> Model:
         self.objective.to(device)
@@ -61,7 +75,7 @@ class Model:
 
     def engine(self, device: torch.device, *, bfloat16: bool = False) -> StepEngine:
         """What makes steps of these parts."""
-        return StepEngine(self.objective, self.views, self.teachers, device, bfloat16=bfloat16)
+        return StepEngine(self.objective, self.prepare, self.teachers, device, bfloat16=bfloat16)
 
 
 def build_model(recipe: Recipe, registry: Registry, *, with_weights: bool = True) -> Model:
@@ -131,13 +145,7 @@ class Builder:
 
     def build(self, with_weights: bool) -> Model:
         recipe = self.recipe
-        views = self.build_views()
-        if recipe.data.tokens is not None:
-            cache = TokenCache(Path(recipe.data.tokens))
-            cache.check(views_of=decides_pixels(recipe), seed=recipe.seed)
-            views = CachedTokenViews(views, cache)
-            self.publish(views=dict(views.specs))
-
+        views, companions = self.build_views(), self.build_companions()
         encoder = self.build_encoder()
         sections = recipe.named_teachers()
         teachers = Teachers(sections)
@@ -174,12 +182,21 @@ class Builder:
             for component in objective.components():
                 self.check_teacher_asks(component)
                 teachers.declare(component.teacher_asks())
-        return Model(recipe, views, objective, teachers, self.specs)
+        return Model(recipe, views, objective, teachers, self.specs, companions)
 
     def build_views(self) -> ViewBuilder:
         views: ViewBuilder = self.make("views", "views", self.recipe.views)
         self.publish(views=dict(views.specs))
         return views
+
+    def build_companions(self) -> tuple[Companion, ...]:
+        """What travels beside the views, published as views."""
+        if self.recipe.data.tokens is None:
+            return ()
+        cache = TokenCache(Path(self.recipe.data.tokens))
+        cache.check_views(views_of=decides_pixels(self.recipe), seed=self.recipe.seed)
+        self.publish(views={**self.specs.views, cache.spec.name: cache.spec})
+        return (cache,)
 
     def build_encoder(self) -> Encoder:
         encoder: Encoder = self.make("encoder", "encoder", self.recipe.encoder, self.specs)

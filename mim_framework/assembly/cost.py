@@ -55,7 +55,7 @@ def _count(recipe: Recipe, model: Model, device: torch.device) -> Cost:
     engine = model.engine(device, bfloat16=device.type == "cpu" and uses_bfloat16(recipe.train.precision, device))
     step = engine.step(seed=recipe.seed, positions=positions, phase=recipe.phase_names()[0])
     with failures_as_recipe_errors(recipe), FlopCounterMode(display=False) as counter:
-        batch = {name: tensor.to(device) for name, tensor in model.views.example(batch_size).items()}
+        batch = {name: tensor.to(device) for name, tensor in model.example(batch_size).items()}
         loss = sum(engine.forward(step, batch).losses.values())
         forward = counter.get_total_flops()
         loss.backward()

@@ -59,7 +59,9 @@ def load_run(run_dir: Path, *, checkpoint: Path | None = None, registry: Registr
     load_tensors(model.teachers.moving(), found.tensors("teachers"), found.path)
     source = build_source(recipe, registry)
     model.to(device)
-    return LoadedRun(recipe, model.views, model.objective, model.teachers, model.specs, source, device)
+    return LoadedRun(
+        recipe, model.views, model.objective, model.teachers, model.specs, model.companions, source, device
+    )
 
 
 def load_encoder(run_dir: Path, *, checkpoint: Path | None = None, registry: Registry | None = None) -> LoadedEncoder:

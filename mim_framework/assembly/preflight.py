@@ -49,7 +49,7 @@ def preflight(model: Model, device: torch.device, *, bfloat16: bool = False) -> 
     objective, recipe = model.objective, model.recipe
     engine = model.engine(device, bfloat16=bfloat16)
     positions = torch.arange(2, device=device)
-    batch = {name: tensor.to(device) for name, tensor in model.views.example(2).items()}
+    batch = {name: tensor.to(device) for name, tensor in model.example(2).items()}
     got_gradient: set[str] = set()
     outcome = Outcome({})
     buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}

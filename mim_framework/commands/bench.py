@@ -63,9 +63,9 @@ def run_bench(recipe: Recipe, registry: Registry, *, data: Data = "synthetic", s
     watch = Stopwatch(device)
     model = build_model(recipe, registry, with_weights=False).to(device)
     if data == "synthetic":
-        batches = _synthetic(model.views.example(layout.batch_size), device)
+        batches = _synthetic(model.example(layout.batch_size), device)
     else:
-        batches = _read(recipe, registry, model.views, layout, device, warmup + steps)
+        batches = _read(recipe, registry, model, layout, device, warmup + steps)
     if data == "loader-only":
         for _ in range(warmup + steps):
             with watch.stage("data"):
@@ -129,9 +129,9 @@ def _synthetic(views: dict[str, torch.Tensor], device: torch.device) -> Iterator
         yield batch
 
 
-def _read(recipe, registry, views, layout, device, count: int) -> Iterator[Batch]:
+def _read(recipe, registry, model, layout, device, count: int) -> Iterator[Batch]:
     loader = Loader(
-        recipe.data, build_source(recipe, registry), views, seed=recipe.seed, layout=layout, start_step=0,
-        total_steps=count, device=device,
+        recipe.data, build_source(recipe, registry), model.views, seed=recipe.seed, layout=layout, start_step=0,
+        total_steps=count, device=device, companions=model.companions,
     )  # fmt: skip
     yield from loader

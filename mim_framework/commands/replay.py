@@ -177,7 +177,7 @@ def replay(
     begin = min(trainer.start, wanted)  # a state kept after a skipped step is that before it
     trainer.loader = Loader(
         recipe.data, run.source, run.model.views, seed=recipe.seed, layout=run.layout, start_step=begin,
-        total_steps=wanted + 1, device=device,
+        total_steps=wanted + 1, device=device, companions=run.model.companions,
     )  # fmt: skip
     with closing(iter(trainer.loader)) as batches:
         for index in range(begin, wanted):

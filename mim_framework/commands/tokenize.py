@@ -117,7 +117,7 @@ class _Reader:
                 read.append(index)
             except BrokenImage:
                 continue
-        return request, read, self.reader.views.collate(samples) if samples else None
+        return request, read, self.reader.collate(samples) if samples else None
 
 
 def _read(recipe: Recipe, source: Source, model: Model, requests: list[tuple[int, list[int]]]) -> Iterator[Any]:

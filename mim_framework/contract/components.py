@@ -347,13 +347,6 @@ class ViewBuilder:
     def __call__(self, sample: Sample, rand: Tensor) -> dict[str, Tensor]:
         """sample, rand (num_random,) -> named tensors of one sample. Uses no randomness but `rand`."""
 
-    def for_sample(self, sample: Sample, rand: Tensor, index: int, fixed_view: int) -> dict[str, Tensor]:
-        """What the loader calls: `__call__`, for builders that do not care which sample of the source it is.
-
-        `fixed_view`: the number of the view where a recipe has so many of every image, else 0.
-        """
-        return self(sample, rand)
-
     def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Samples of one micro-batch, in order, to a batch."""
         return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}

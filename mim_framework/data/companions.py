@@ -1,7 +1,7 @@
-"""Token ids of fixed views on disk: `mim tokenize` writes them once, a run reads them beside the images.
+"""What travels beside the views of a sample, such as token ids that `mim tokenize` has stored. Start at `Companion`.
 
-A folder holds `ids.npy` (images, views of each, N), read by memory map, and `tokens.json`, which says what they are the
-ids of. A run refuses a folder of other images, other views or another seed.
+A folder of token ids holds `ids.npy` (images, views of each, N), read by memory map, and `tokens.json`, which says what
+they are the ids of. A run refuses a folder of other images, other views or another seed.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,15 +20,44 @@ from torch import Tensor
 from mim_framework.base import rng
 from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.base.files import replace_file
-from mim_framework.contract.components import ViewBuilder
+from mim_framework.contract.components import Source
 from mim_framework.contract.mask import Grid
-from mim_framework.contract.records import Sample, Views
+from mim_framework.contract.records import Sample
 from mim_framework.contract.specs import ViewSpec
-from mim_framework.contract.step import Step
+from mim_framework.contract.world import World
 
 IDS, FACTS, UNFINISHED = "ids.npy", "tokens.json", "unfinished.json"
 FORMAT = 1
 VIEW_OF_IDS = "token_ids"
+
+
+class Companion(Protocol):
+    """A tensor beside the views of every sample, in the batch under the name of `spec`.
+
+    Data workers read it after the views; builders of views do not know of it.
+    """
+
+    spec: ViewSpec
+
+    def check(self, source: Source, world: World) -> None:
+        """Called once before a run, on every rank.
+
+        Raises:
+            DataError: if it does not belong to the samples of `source`.
+        """
+
+    def __call__(self, sample: Sample, index: int, view: int) -> Tensor:
+        """What belongs to the sample at `index` of the source; `view` counts fixed views and is 0 where there are none.
+
+        Raises:
+            BrokenImage: if there is nothing for this sample, so that another one takes its place.
+        """
+
+
+def example_of(spec: ViewSpec, batch_size: int) -> Tensor:
+    """A made-up batch of a companion: int64 below `num_classes`, of the shape of its spec."""
+    noise = rng.uniform(0, f"example {spec.name}", torch.arange(batch_size), prod(spec.shape))
+    return (noise * (spec.num_classes or 1)).long().reshape(batch_size, *spec.shape)
 
 
 @dataclass(frozen=True)
@@ -107,7 +137,7 @@ class TokenWriter:
 
 
 class TokenCache:
-    """A folder that `mim tokenize` wrote.
+    """A folder that `mim tokenize` wrote: the companion of runs with `data.tokens`.
 
     Raises:
         DataError: if it is none, or is not whole.
@@ -128,6 +158,12 @@ class TokenCache:
         found = (self._ids.shape, self._ids.dtype)
         if found != (self.facts.shape, self.facts.dtype):
             raise DataError(f"data.tokens {folder}: ids of {found[0]} {found[1]}, {FACTS} says {self.facts.shape}")
+        grid, num_classes = Grid(self.facts.grid), self.facts.num_classes
+        self.spec = ViewSpec(VIEW_OF_IDS, self.facts.shape[2:], "ids", grid=grid, num_classes=num_classes)
+
+    def __reduce__(self) -> tuple[type[TokenCache], tuple[Path]]:
+        """A worker that is not forked maps the file itself, instead of being sent all ids."""
+        return TokenCache, (self.folder,)
 
     def verify(self) -> None:
         """Read the whole file and compare its hash.
@@ -138,7 +174,7 @@ class TokenCache:
         if _sha256(self.folder / IDS) != self.facts.sha256:
             raise DataError(f"data.tokens {self.folder}: {IDS} is damaged, its hash is not the one in {FACTS}")
 
-    def check(self, *, views_of: dict[str, Any], seed: int) -> None:
+    def check_views(self, *, views_of: dict[str, Any], seed: int) -> None:
         """Whether a recipe reads the very same views.
 
         Raises:
@@ -157,18 +193,19 @@ class TokenCache:
                 "mim tokenize again"
             )
 
-    def check_images(self, num_images: int) -> None:
+    def check(self, source: Source, world: World) -> None:
         """
         Raises:
-            DataError: if the source has another number of images.
+            DataError: if the source has another number of images, or the file is damaged.
         """
-        if num_images != self.facts.num_images:
+        if len(source) != self.facts.num_images:
             raise DataError(
                 f"data.tokens {self.folder} holds ids of {self.facts.num_images:,} images, data.source has "
-                f"{num_images:,}: bring the images back, or run mim tokenize again"
+                f"{len(source):,}: bring the images back, or run mim tokenize again"
             )
+        world.on_main(self.verify)
 
-    def ids(self, index: int, view: int, name: str) -> Tensor:
+    def __call__(self, sample: Sample, index: int, view: int) -> Tensor:
         """(N,) int64 of one fixed view of a sample.
 
         Raises:
@@ -176,48 +213,9 @@ class TokenCache:
         """
         row = self._ids[index, view].astype(np.int64)
         if row[0] == self.facts.unread:
-            raise BrokenImage(name, "unreadable", f"no token ids in {self.folder}, where it could not be read")
+            text = f"no token ids in {self.folder}, where it could not be read"
+            raise BrokenImage(sample.name, "unreadable", text)
         return torch.from_numpy(row)
-
-
-class CachedTokenViews(ViewBuilder):
-    """The views of another builder, and beside them the stored token ids of each."""
-
-    name = "cached_tokens"
-
-    def __init__(self, views: ViewBuilder, cache: TokenCache) -> None:
-        super().__init__(views.config)
-        self.inner, self.cache = views, cache
-        facts = cache.facts
-        spec = ViewSpec(VIEW_OF_IDS, facts.shape[2:], "ids", grid=Grid(facts.grid), num_classes=facts.num_classes)
-        self.specs = {**views.specs, VIEW_OF_IDS: spec}
-        self.num_random = views.num_random
-
-    def __call__(self, sample: Sample, rand: Tensor) -> dict[str, Tensor]:
-        return self.inner(sample, rand)
-
-    def for_sample(self, sample: Sample, rand: Tensor, index: int, fixed_view: int) -> dict[str, Tensor]:
-        return {**self.inner(sample, rand), VIEW_OF_IDS: self.cache.ids(index, fixed_view, sample.name)}
-
-    def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        ids = torch.stack([sample[VIEW_OF_IDS] for sample in samples])
-        rest = [{name: view for name, view in sample.items() if name != VIEW_OF_IDS} for sample in samples]
-        return {**self.inner.collate(rest), VIEW_OF_IDS: ids}
-
-    def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
-        views = self.inner.prepare(step, {name: view for name, view in batch.items() if name != VIEW_OF_IDS})
-        return {**views, VIEW_OF_IDS: batch[VIEW_OF_IDS]} if VIEW_OF_IDS in batch else views
-
-    def example(self, batch_size: int) -> dict[str, Tensor]:
-        spec = self.specs[VIEW_OF_IDS]
-        noise = rng.uniform(0, "example token_ids", torch.arange(batch_size), spec.shape[0])
-        return {**self.inner.example(batch_size), VIEW_OF_IDS: (noise * spec.num_classes).long()}
-
-    def evaluation_view(self, sample: Sample) -> Tensor:
-        return self.inner.evaluation_view(sample)
-
-    def to_image(self, view: Tensor) -> Tensor:
-        return self.inner.to_image(view)
 
 
 def _text(facts: TokenFacts) -> bytes:

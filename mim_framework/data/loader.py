@@ -18,6 +18,7 @@ from torch import Tensor
 from mim_framework.base.errors import DataError
 from mim_framework.base.section import Choice, Section
 from mim_framework.contract.components import Source, ViewBuilder
+from mim_framework.data.companions import Companion
 from mim_framework.data.order import BatchLayout, OrderKind, sample_order
 from mim_framework.data.prefetch import prefetch
 from mim_framework.data.reader import MAX_REPLACEMENTS, Broken, Request, TrainingReader, _EvaluationReader
@@ -67,7 +68,7 @@ class DataSection(Section):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch: views and positions (B,) on the device; `broken` samples were replaced by others."""
+    """One micro-batch on the device: views with their companions, positions (B,); `broken` samples were replaced."""
 
     views: dict[str, Tensor]
     positions: Tensor
@@ -95,13 +96,14 @@ class Loader:
         device: torch.device,
         on_broken: Callable[[Broken], None] | None = None,
         run_dir: Path | None = None,
+        companions: Sequence[Companion] = (),
     ) -> None:
         """`on_broken` is told every broken sample; in `run_dir` they are listed as broken_images.rankR.jsonl.
 
         Raises:
             DataError: if the source has no blocks and the section wants an order of them.
         """
-        self.section, self.source, self.views = section, source, views
+        self.section, self.source, self.views, self.companions = section, source, views, companions
         self.seed, self.layout = seed, layout
         self.order = sample_order(section.order, source, seed, section.order_window)
         self.start_step, self.total_steps = start_step, total_steps
@@ -118,7 +120,7 @@ class Loader:
         Raises:
             DataError: if more images are broken than `max_broken` allows.
         """
-        reader = TrainingReader(self.source, self.views, self.seed, self.section.views_per_image)
+        reader = TrainingReader(self.source, self.views, self.seed, self.section.views_per_image, self.companions)
         batches = prefetch(
             reader,
             self._requests(),

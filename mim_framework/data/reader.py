@@ -14,6 +14,7 @@ from mim_framework.base import rng
 from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.contract.components import Source, ViewBuilder, sample_or_broken
 from mim_framework.contract.records import Sample
+from mim_framework.data.companions import Companion
 
 MAX_REPLACEMENTS = 16
 """So many samples in a row may be broken before a position is given up."""
@@ -39,6 +40,13 @@ class Request(NamedTuple):
     indices: list[int]
 
 
+class ReadSample(NamedTuple):
+    """The views of a sample by name, and what each companion has beside them."""
+
+    views: dict[str, Tensor]
+    beside: list[Tensor]
+
+
 def read_each(source: Source, indices: Sequence[int]) -> Iterator[Sample | BrokenImage]:
     """The samples at `indices`, in order, a broken one in its place.
 
@@ -57,10 +65,18 @@ def read_each(source: Source, indices: Sequence[int]) -> Iterator[Sample | Broke
 
 
 class TrainingReader:
-    """Reads one micro-batch per call, in a worker."""
+    """Reads one micro-batch per call, in a worker: views, and the companions that travel beside them."""
 
-    def __init__(self, source: Source, views: ViewBuilder, seed: int, views_per_image: int | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        views: ViewBuilder,
+        seed: int,
+        views_per_image: int | None = None,
+        companions: Sequence[Companion] = (),
+    ) -> None:
         self.source, self.views, self.seed, self.views_per_image = source, views, seed, views_per_image
+        self.companions = companions
 
     def __getitem__(self, request: Request) -> tuple[Request, dict[str, Tensor] | None, list[Broken]]:
         """The request, its batch (None if a position found no usable sample) and the broken samples."""
@@ -71,13 +87,20 @@ class TrainingReader:
             rows = rng.uniform(self.seed, "views", torch.tensor(request.positions), self.views.num_random)
         found = read_each(self.source, request.indices)
         for position, index, sample, row in zip(request.positions, request.indices, found, rows, strict=True):
-            views = self._usable(position, index, sample, row, broken)
-            if views is None:
+            usable = self._usable(position, index, sample, row, broken)
+            if usable is None:
                 return request, None, broken
-            samples.append(views)
-        return request, self.views.collate(samples), broken
+            samples.append(usable)
+        return request, self.collate(samples), broken
 
-    def fixed_view(self, sample: Sample | BrokenImage, index: int, number: int) -> dict[str, Tensor]:
+    def collate(self, samples: list[ReadSample]) -> dict[str, Tensor]:
+        """Samples of one micro-batch, in order, to a batch of views and companions."""
+        batch = self.views.collate([sample.views for sample in samples])
+        for number, companion in enumerate(self.companions):
+            batch[companion.spec.name] = torch.stack([sample.beside[number] for sample in samples])
+        return batch
+
+    def fixed_view(self, sample: Sample | BrokenImage, index: int, number: int) -> ReadSample:
         """One of the fixed views of the sample at `index`: its crop follows from the index and the number alone.
 
         Raises:
@@ -85,12 +108,12 @@ class TrainingReader:
         """
         place = torch.tensor([index * self.views_per_image + number])
         row = rng.uniform(self.seed, "fixed views", place, self.views.num_random)[0]
-        return self._views(sample, row, index, number)
+        return self._read(sample, row, index, number)
 
     def _usable(
         self, position: int, index: int, sample: Sample | BrokenImage, row: Tensor | None, broken: list[Broken]
-    ) -> dict[str, Tensor] | None:
-        """The views of the sample, or of the first usable one of those that this position falls back to."""
+    ) -> ReadSample | None:
+        """The sample, or the first usable one of those that this position falls back to."""
         for attempt in range(1 + MAX_REPLACEMENTS):
             if attempt:
                 index = self._replacement(position, attempt - 1)
@@ -98,7 +121,7 @@ class TrainingReader:
             try:
                 if row is None:
                     return self.fixed_view(sample, index, position // len(self.source) % self.views_per_image)
-                return self._views(sample, row, index, 0)
+                return self._read(sample, row, index, 0)
             except BrokenImage as error:
                 broken.append(Broken(position, index, error.name, error.cause, error.detail))
         return None
@@ -108,10 +131,11 @@ class TrainingReader:
         bits = rng.random_bits(self.seed, "replacement", torch.tensor([position]), MAX_REPLACEMENTS)
         return int(bits[0, number] % len(self.source))
 
-    def _views(self, sample: Sample | BrokenImage, row: Tensor, index: int, number: int) -> dict[str, Tensor]:
+    def _read(self, sample: Sample | BrokenImage, row: Tensor, index: int, number: int) -> ReadSample:
         if isinstance(sample, BrokenImage):
             raise sample
-        return self.views.for_sample(sample, row, index, number)
+        views = self.views(sample, row)
+        return ReadSample(views, [companion(sample, index, number) for companion in self.companions])
 
 
 class _EvaluationReader:

@@ -5,7 +5,7 @@ Start at `StepEngine.forward`: it is what happens to a batch between the loader 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mim_framework.contract.components import Encoder, Objective, ViewBuilder
+from mim_framework.contract.components import Encoder, Objective
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Latent, Outcome, Views
 from mim_framework.contract.step import Step
@@ -26,6 +26,7 @@ class StepEngine:
     """Views, objective and teachers as one callable, in the precision of the run.
 
     Args:
+        prepare: from a batch on the device to what the components see, as `ViewBuilder.prepare`.
         model: the objective as it is wrapped for several ranks; itself by default.
         bfloat16: forward passes run under bfloat16 autocast.
     """
@@ -33,14 +34,14 @@ class StepEngine:
     def __init__(
         self,
         objective: Objective,
-        views: ViewBuilder,
+        prepare: Callable[[Step, dict[str, Tensor]], Views],
         teachers: Teachers,
         device: torch.device,
         *,
         bfloat16: bool = False,
         model: nn.Module | None = None,
     ) -> None:
-        self.objective, self.views, self.teachers, self.device = objective, views, teachers, device
+        self.objective, self.prepare, self.teachers, self.device = objective, prepare, teachers, device
         self.bfloat16 = bfloat16
         self.model = objective if model is None else model
         self.components = list(objective.components())
@@ -60,10 +61,6 @@ class StepEngine:
             component.begin_step(step)
         with self.autocast():
             return Outcome.of(self.model(step, views))
-
-    def prepare(self, step: Step, batch: dict[str, Tensor]) -> Views:
-        """What the components see of a batch."""
-        return self.views.prepare(step, batch)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of the run, for passes beside a step such as evaluations."""

@@ -13,7 +13,6 @@ from mim_framework.assembly.preflight import preflight
 from mim_framework.base.errors import DataError
 from mim_framework.base.precision import uses_bfloat16
 from mim_framework.contract.world import World
-from mim_framework.data.companions import CachedTokenViews
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.sharding import compile_blocks, shard, wrap
@@ -37,9 +36,8 @@ def set_up(
     layout = batch_layout(recipe, world.rank, world.size)
     run_dir = directory()
     model = build_model(recipe, registry).to(device)
-    if isinstance(model.views, CachedTokenViews):
-        model.views.cache.check_images(len(source))
-        world.on_main(model.views.cache.verify)
+    for companion in model.companions:
+        companion.check(source, world)
     bfloat16 = uses_bfloat16(recipe.train.precision, device)
     preflight(model, device, bfloat16=bfloat16)
     engine = model.engine(device, bfloat16=bfloat16)

@@ -247,7 +247,7 @@ class Trainer:
         run, recipe = self.run, self.run.recipe
         self.loader = Loader(
             recipe.data, run.source, run.model.views, seed=recipe.seed, layout=run.layout, start_step=self.start,
-            total_steps=run.total_steps, device=run.device, run_dir=run.dir,
+            total_steps=run.total_steps, device=run.device, run_dir=run.dir, companions=run.model.companions,
         )  # fmt: skip
         metrics = run.world.on_main(lambda: MetricsWriter(run.dir, resume_step=self.start, section=recipe.log))
         with Progress(run, start=self.start) as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mim_framework.commands.evaluate import evaluate
 from mim_framework.commands.tokenize import tokenize
 from mim_framework.contract.components import Encoder
 from mim_framework.contract.mask import Grid
-from mim_framework.contract.records import Ask, Latent
+from mim_framework.contract.records import Ask, Latent, Sample
 from mim_framework.contract.specs import EncoderSpec, ViewSpec
 from mim_framework.data.companions import TokenCache
 from mim_framework.nn.images import Renormalize
@@ -294,6 +295,15 @@ def test_a_flipped_bit_is_found(tmp_path: Path, stage_one: Path, tokens: Path):
     (copy / "tokens.json").write_bytes((tokens / "tokens.json").read_bytes())
     with pytest.raises(DataError, match=r"ids.npy is damaged"):
         train(short(tmp_path, stage_one, f"data.tokens={copy}"), REGISTRY)
+
+
+def test_a_worker_that_is_not_forked_opens_the_stored_ids_itself(tokens: Path):
+    cache = TokenCache(tokens)
+    sent = pickle.dumps(cache)
+    assert len(sent) < 1000
+    sample = Sample(None, "a")
+    assert torch.equal(pickle.loads(sent)(sample, 7, 1), cache(sample, 7, 1))
+    assert not torch.equal(cache(sample, 7, 1), cache(sample, 8, 1))
 
 
 def test_ids_without_fixed_views_or_a_target_are_refused(tmp_path: Path, stage_one: Path):
