@@ -117,7 +117,7 @@ def attempt(names: dict[str, str], registry: Registry) -> Outcome:
     step = make_step(model.recipe, torch.arange(4), teachers=model.teachers.session())
     for component in model.objective.components():
         component.begin_step(step)
-    loss = sum(model.objective(step, model.views.prepare(step, model.views.example(4))).values())
+    loss = sum(model.objective(step, model.prepare(step, model.example(4))).values())
     loss.backward()
     optimizer.schedule(step)
     assert bool(optimizer.clip().isfinite()), names

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mim_framework.assembly.fits import refusal
 from mim_framework.assembly.trained import trained_encoder
 from mim_framework.assembly.weights import load_into, some
-from mim_framework.base.errors import CheckpointError, MimError, RecipeError, did_you_mean
+from mim_framework.base.errors import CheckpointError, DataError, MimError, RecipeError, did_you_mean
 from mim_framework.base.section import Choice
 from mim_framework.contract.components import (
     Component,
@@ -37,7 +37,9 @@ from mim_framework.contract.records import Views
 from mim_framework.contract.specs import Specs
 from mim_framework.contract.step import Step
 from mim_framework.data.companions import Companion, TokenCache, example_of
+from mim_framework.data.labels import LABEL, Labels, num_classes_of
 from mim_framework.data.order import sample_order
+from mim_framework.data.views import MIXING_OPTIONS
 from mim_framework.nn.images import Renormalize
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
@@ -63,8 +65,13 @@ class Model:
         return {**self.views.example(batch_size), **beside}
 
     def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
-        """A batch on the device as the slots see it: prepared views, and what travels beside them as it is."""
+        """A batch on the device as the slots see it: prepared views, and what travels beside them as it is.
+
+        Only a builder that mixes labels is given them.
+        """
         beside = {each.spec.name for each in self.companions} & batch.keys()
+        if self.views.mixes_labels:
+            beside -= {LABEL}
         views = self.views.prepare(step, {name: view for name, view in batch.items() if name not in beside})
         return {**views, **{name: batch[name] for name in sorted(beside)}}
 
@@ -78,11 +85,14 @@ class Model:
         return StepEngine(self.objective, self.prepare, self.teachers, device, bfloat16=bfloat16)
 
 
-def build_model(recipe: Recipe, registry: Registry, *, with_weights: bool = True) -> Model:
+def build_model(
+    recipe: Recipe, registry: Registry, *, with_weights: bool = True, source: Source | None = None
+) -> Model:
     """Build everything but the data. Weights depend on the recipe's seed only.
 
     Args:
         with_weights: read `init` and the checkpoints of frozen teachers; False leaves them at their random values.
+        source: the recipe's data source, which a recipe with labels asks for its classes; built if it is needed.
 
     Raises:
         RecipeError: naming the slots that do not fit.
@@ -90,7 +100,7 @@ def build_model(recipe: Recipe, registry: Registry, *, with_weights: bool = True
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return Builder(recipe, registry).build(with_weights)
+        return Builder(recipe, registry, source).build(with_weights)
 
 
 def build_source(recipe: Recipe, registry: Registry) -> Source:
@@ -138,14 +148,15 @@ def exempt_names(objective: nn.Module) -> set[str]:
 
 
 class Builder:
-    def __init__(self, recipe: Recipe, registry: Registry) -> None:
-        self.recipe, self.registry = recipe, registry
+    def __init__(self, recipe: Recipe, registry: Registry, source: Source | None = None) -> None:
+        self.recipe, self.registry, self.source = recipe, registry, source
         self.specs = Specs()
         self.built: dict[str, str] = {}
 
     def build(self, with_weights: bool) -> Model:
         recipe = self.recipe
-        views, companions = self.build_views(), self.build_companions()
+        views = self.build_views()
+        companions = self.build_companions(views)
         encoder = self.build_encoder()
         sections = recipe.named_teachers()
         teachers = Teachers(sections)
@@ -189,14 +200,42 @@ class Builder:
         self.publish(views=dict(views.specs))
         return views
 
-    def build_companions(self) -> tuple[Companion, ...]:
+    def build_companions(self, views: ViewBuilder) -> tuple[Companion, ...]:
         """What travels beside the views, published as views."""
-        if self.recipe.data.tokens is None:
-            return ()
-        cache = TokenCache(Path(self.recipe.data.tokens))
-        cache.check_views(views_of=decides_pixels(self.recipe), seed=self.recipe.seed)
-        self.publish(views={**self.specs.views, cache.spec.name: cache.spec})
-        return (cache,)
+        recipe, companions, specs = self.recipe, [], {}
+        if recipe.data.tokens is not None:
+            if views.mixes_labels:
+                raise self.misfit("data.tokens", f"views '{views.name}' mix images, the ids are those of unmixed ones")
+            cache = TokenCache(Path(recipe.data.tokens))
+            cache.check_views(views_of=decides_pixels(recipe), seed=recipe.seed)
+            companions.append(cache)
+            specs[cache.spec.name] = cache.spec
+        if views.mixes_labels or self.some_part_needs_labels():
+            labels = Labels(self.num_classes())
+            companions.append(labels)
+            with self.slot("views", views.name):
+                specs[LABEL] = views.label_spec(labels.spec) if views.mixes_labels else labels.spec
+        for name in specs.keys() & self.specs.views.keys():
+            text = f"views '{views.name}' have a view '{name}', which is the name of what travels beside them"
+            raise self.misfit("views", text)
+        self.publish(views={**self.specs.views, **specs})
+        return tuple(companions)
+
+    def some_part_needs_labels(self) -> bool:
+        choices = [(kind, getattr(self.recipe, kind)) for kind in ("masker", "encoder", "objective")]
+        for head in self.recipe.named_heads().values():
+            choices += [(kind, getattr(head, kind)) for kind in ("target", "decoder", "loss")]
+        return any(self.registry.resolve(kind, choice)[0].needs_labels for kind, choice in choices)
+
+    def num_classes(self) -> int | None:
+        """Of the data source; None if it was not given and is not there, as where a model is only exported."""
+        if self.source is not None:
+            return num_classes_of(self.source)
+        try:
+            source = build_source(self.recipe, self.registry)
+        except DataError:
+            return None
+        return num_classes_of(source)
 
     def build_encoder(self) -> Encoder:
         encoder: Encoder = self.make("encoder", "encoder", self.recipe.encoder, self.specs)
@@ -351,5 +390,5 @@ def decides_pixels(recipe: Recipe) -> dict[str, Any]:
     return {
         "data.source": {key: value for key, value in source.items() if key != "root"},
         "data.views_per_image": recipe.data.views_per_image,
-        "views": {key: value for key, value in views.items() if key != "decoder"},
+        "views": {key: value for key, value in views.items() if key not in ("decoder", *MIXING_OPTIONS)},
     }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mim_framework.builtins.decoders import LinearDecoder
+from mim_framework.builtins.decoders import LinearDecoder, PooledDecoder
 from mim_framework.builtins.losses import CosineLoss, CrossEntropyLoss, L1Loss, MSELoss
 from mim_framework.builtins.maskers import BlockMasker, NoMasker, RandomMasker
 from mim_framework.builtins.objectives import MaskedPrediction
-from mim_framework.builtins.targets import FeatureTarget, PixelTarget, TokenTarget
+from mim_framework.builtins.targets import FeatureTarget, LabelTarget, PixelTarget, TokenTarget
 from mim_framework.builtins.timm import TimmEncoder
 from mim_framework.builtins.vit import MaskTokenViT
 from mim_framework.contract.hooks import hookimpl
@@ -28,12 +28,12 @@ def mim_encoders():
 
 @hookimpl
 def mim_targets():
-    return [PixelTarget, FeatureTarget, TokenTarget]
+    return [PixelTarget, FeatureTarget, TokenTarget, LabelTarget]
 
 
 @hookimpl
 def mim_decoders():
-    return [LinearDecoder]
+    return [LinearDecoder, PooledDecoder]
 
 
 @hookimpl

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from mim_framework.base.section import Section
 from mim_framework.contract.components import Decoder
-from mim_framework.contract.mask import Mask
+from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Latent, Pred
 from mim_framework.contract.specs import PredSpec, Specs
 from mim_framework.nn.init import FAR, ONE_STD, init_linear
@@ -49,3 +49,31 @@ class LinearDecoder(Decoder):
         ids = mask.at(self.grid).ids_predict
         tokens = latent.tokens if ids is None else gather_tokens(latent.tokens, ids)
         return Pred(self.head(self.norm(tokens)), self.grid, ids)
+
+
+class PooledDecoder(Decoder):
+    """One linear layer on the mean of an image's tokens, or on its class token: one prediction of each image."""
+
+    name = "pooled"
+
+    class Config(Section):
+        pool: Literal["mean", "cls"] = "mean"
+        """Mean over the visible tokens, or the class token."""
+
+    config: Config
+
+    def __init__(self, config: Section, specs: Specs) -> None:
+        super().__init__(config, specs)
+        target, encoder, grid = specs.target, specs.encoder, Grid(())
+        if target.grid != grid:
+            raise ValueError(f"decoder 'pooled' predicts whole images, the target lives on grid {target.grid}")
+        if self.config.pool == "cls" and not encoder.num_prefix_tokens:
+            raise ValueError("decoder 'pooled': pool=cls, but the encoder has no class token; use pool=mean")
+        self.head = nn.Linear(encoder.dim, target.dim)
+        init_linear(self.head, FAR)
+        self.spec = PredSpec("probs" if target.kind in ("ids", "probs") else "dense", target.dim, grid)
+
+    def forward(self, latent: Latent, mask: Mask) -> Pred:
+        """values (B, 1, num_classes)"""
+        pooled: Tensor = latent.pooled() if self.config.pool == "mean" else latent.prefix[:, 0]
+        return Pred(self.head(pooled).unsqueeze(1), self.spec.grid)

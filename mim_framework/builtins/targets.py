@@ -8,11 +8,12 @@ from torch.nn.functional import layer_norm
 
 from mim_framework.base.section import Section
 from mim_framework.contract.components import Target
-from mim_framework.contract.mask import Mask
+from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Masked, Pred
 from mim_framework.contract.specs import Specs, TargetSpec
 from mim_framework.contract.step import Step
 from mim_framework.data.companions import VIEW_OF_IDS
+from mim_framework.data.labels import LABEL
 from mim_framework.nn.masking import gather_tokens, paste
 from mim_framework.nn.patches import normalize_patches, patch_grid, patchify, unpatchify
 
@@ -133,3 +134,32 @@ class TokenTarget(Target):
         if self.view is None:
             raise ValueError(self.lacking())
         return step.teacher(self.config.teacher, masked.clean(self.view)).aux["ids"]
+
+
+class LabelTarget(Target):
+    """The class of each image, or the probabilities of all classes where the views mix labels or smooth them."""
+
+    name = "labels"
+    needs_labels = True
+
+    class Config(Section):
+        num_classes: int | None = Field(None, gt=0)
+        """Number of classes that the source must have; null for any. Needed only to build a model without its data."""
+
+    config: Config
+
+    def __init__(self, config: Section, specs: Specs) -> None:
+        super().__init__(config, specs)
+        labels, wanted = specs.view(LABEL), self.config.num_classes
+        num_classes = labels.num_classes or wanted
+        if num_classes is None:
+            raise ValueError("target 'labels': data.source is not there to tell its classes; give target.num_classes")
+        if wanted not in (None, num_classes):
+            raise ValueError(f"target 'labels': data.source has {num_classes} classes, num_classes says {wanted}")
+        self.spec = TargetSpec("probs" if labels.shape else "ids", num_classes, Grid(()))
+
+    def forward(self, step: Step, masked: Masked) -> Tensor:
+        """(B, 1) int64 or (B, 1, num_classes) float32"""
+        if LABEL not in masked.views:
+            raise ValueError(f"the batch has no view '{LABEL}'; `prepare` of the views must hand on what it mixes")
+        return masked.views[LABEL].unsqueeze(1)

@@ -45,6 +45,8 @@ class Component(nn.Module):
     """The name by which a recipe selects the component."""
     full_precision: ClassVar[bool] = False
     """True for a precision island: autocast is off while the component runs."""
+    needs_labels: ClassVar[bool] = False
+    """True if it reads the view `label`: the samples' labels then travel beside the views."""
 
     class Config(Section):
         """No options."""
@@ -339,6 +341,10 @@ class ViewBuilder:
     """What it provides, by view name. Set in `__init__`."""
     num_random: int = 0
     """How many uniform numbers one sample needs."""
+    batch_multiple: int = 1
+    """A micro-batch must have a multiple of so many images, for example 2 where `prepare` mixes pairs."""
+    mixes_labels: bool = False
+    """True if `prepare` changes labels, as mixup does: the view `label`, (B,) int64, is then in the batch it gets."""
 
     def __init__(self, config: Section) -> None:
         self.config = config
@@ -354,6 +360,14 @@ class ViewBuilder:
     def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
         """The batch on the device to views that the slots see, for example uint8 to normalised floats."""
         return dict(batch)
+
+    def label_spec(self, given: ViewSpec) -> ViewSpec:
+        """Called once where `mixes_labels`: the spec of labels (B,), to that of what `prepare` makes of them.
+
+        Raises:
+            ValueError: if the builder cannot mix them.
+        """
+        return given
 
     def example(self, batch_size: int) -> dict[str, Tensor]:
         """A made-up batch before `prepare`, for the preflight and benchmarks: uint8 noise of each view's shape."""
@@ -384,7 +398,7 @@ class Source:
         """No options."""
 
     classes: Sequence[str] | None = None
-    """Class names if the samples carry labels."""
+    """Class names if the samples carry labels, which count them from 0."""
     blocks: Sequence[int] | None = None
     """Lengths of runs of samples that are cheap to read together, such as those of a shard, in order; they add up to
     all. None if every sample costs the same wherever it lies. The recipe may then say `data.order: blocks`."""

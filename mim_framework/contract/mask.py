@@ -29,7 +29,7 @@ class Grid:
         return prod(self.shape)
 
     def __str__(self) -> str:
-        return "x".join(str(n) for n in self.shape) or "of the whole image"
+        return "x".join(str(n) for n in self.shape) or "of whole images"
 
 
 @dataclass(frozen=True, eq=False)

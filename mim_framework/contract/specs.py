@@ -106,8 +106,9 @@ class ViewSpec:
     """A view: `shape` of one sample, (C, H, W) for images.
 
     `mean` and `std` of each channel, if images in [0, 1] were normalised by them; `unit_range` takes that back.
-    A view of kind `ids` holds token ids (N,), of `num_classes` classes, on `grid`. A plugin may have a kind of its own,
-    such as `points`, for its own components; those that look at images refuse it.
+    A view of kind `ids` holds token ids (N,), of `num_classes` classes, on `grid`. One of kind `labels` holds the class
+    of an image, (), or where views mix labels the probabilities of all classes, (num_classes,). A plugin may have a
+    kind of its own, such as `points`, for its own components; those that look at images refuse it.
     """
 
     name: str

@@ -101,10 +101,17 @@ class Loader:
         """`on_broken` is told every broken sample; in `run_dir` they are listed as broken_images.rankR.jsonl.
 
         Raises:
-            DataError: if the source has no blocks and the section wants an order of them.
+            DataError: if the source has no blocks and the section wants an order of them, or the views cannot take a
+                micro-batch of this size.
         """
         self.section, self.source, self.views, self.companions = section, source, views, companions
         self.seed, self.layout = seed, layout
+        size, multiple = layout.batch_size, views.batch_multiple
+        if size % multiple:
+            raise DataError(
+                f"train.batch_size: {size} images per rank and micro-batch are no multiple of {multiple}, as views "
+                f"'{views.name}' need to mix them; use {size + -size % multiple}, for example"
+            )
         self.order = sample_order(section.order, source, seed, section.order_window)
         self.start_step, self.total_steps = start_step, total_steps
         self.device = device

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import permutations
 from typing import Annotated, Any, NamedTuple
@@ -30,7 +31,10 @@ from mim_framework.data.decode import (
     jpeg_decoder,
     open_image,
 )
+from mim_framework.data.labels import LABEL
+from mim_framework.data.mixing import Mixing
 
+MIXING_OPTIONS = ("mixup", "cutmix", "mixup_prob", "switch_prob", "label_smoothing")
 HUE = 3
 """Place of the hue among the strengths of `jitter_color`."""
 CROP_TRIES = 10
@@ -170,6 +174,16 @@ class ImageViews(ViewBuilder):
         scaled_decode: bool = True
         """Decode a large JPEG at 1/2, 1/4 or 1/8 size where the crop keeps twice the resolution of the view. Pixels
         differ slightly (under 1.5 of 255 levels on average); false for full-resolution decoding."""
+        mixup: float = Field(0.0, ge=0, le=1)
+        """Blend pairs of images and their labels by shares from Beta(mixup, mixup), one draw per step; 0 for none."""
+        cutmix: float = Field(0.0, ge=0, le=1)
+        """Exchange a box between pairs of images, its area from Beta(cutmix, cutmix), and as much of their labels."""
+        mixup_prob: float = Field(1.0, ge=0, le=1)
+        """Share of the steps that mix at all."""
+        switch_prob: float = Field(0.5, ge=0, le=1)
+        """Share of the mixed steps that take cutmix, where mixup is on too."""
+        label_smoothing: float = Field(0.0, ge=0, lt=1)
+        """Probability of a label that is spread over all classes, before labels are mixed."""
 
     config: Config
 
@@ -179,6 +193,10 @@ class ImageViews(ViewBuilder):
         self.specs = {"x": ViewSpec("x", (3, c.img_size, c.img_size), mean=c.mean, std=c.std)}
         jpeg_decoder(c.decoder)  # imported before workers fork, and refused here if it is missing
         self._normalisation: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        if isinstance(c, ImageViews.Config):  # a subclass may have options of its own, without these
+            self.mixing = Mixing(c.mixup, c.cutmix, c.mixup_prob, c.switch_prob)
+            self.batch_multiple = 2 if c.mixup or c.cutmix else 1
+            self.mixes_labels = bool(c.mixup or c.cutmix or c.label_smoothing)
 
     def open(self, sample: Sample) -> Image:
         """The sample's image, its header read.
@@ -200,9 +218,21 @@ class ImageViews(ViewBuilder):
         return {"x": image.crop(*box, (c.img_size, c.img_size), flip, c.interpolation)}
 
     def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
-        """x uint8 (B, 3, H, W) on the device -> normalised float32."""
+        """x uint8 (B, 3, H, W) on the device -> normalised float32; in training mixed, and labels with them."""
         scale, shift = self._scale_and_shift(batch["x"].device)
-        return {**batch, "x": batch["x"].float().mul_(scale).add_(shift)}
+        views = {**batch, "x": batch["x"].float().mul_(scale).add_(shift)}
+        if self.mixes_labels and step is not None and LABEL in batch:
+            mix = self.mixing.draw(step.seed, step.index, *views["x"].shape[-2:])
+            views["x"] = mix.images(views["x"])
+            views[LABEL] = mix.labels(batch[LABEL], self.num_classes, self.config.label_smoothing)
+        return views
+
+    def label_spec(self, given: ViewSpec) -> ViewSpec:
+        if others := sorted(self.specs.keys() - {"x"}):
+            text = "mixup, cutmix and label_smoothing are for builders of one view 'x'"
+            raise ValueError(f"{text}; there is {', '.join(others)} beside it")
+        self.num_classes = given.num_classes or 0  # not known where a model is built without its data
+        return replace(given, shape=(self.num_classes,))
 
     def evaluation_view(self, sample: Sample) -> Tensor:
         return resized_center_crop(self.open(sample), self.config.img_size, self.config.interpolation)

@@ -35,7 +35,7 @@ def set_up(
         raise DataError(f"data.source '{recipe.data.source.type}' has no images")
     layout = batch_layout(recipe, world.rank, world.size)
     run_dir = directory()
-    model = build_model(recipe, registry).to(device)
+    model = build_model(recipe, registry, source=source).to(device)
     for companion in model.companions:
         companion.check(source, world)
     bfloat16 = uses_bfloat16(recipe.train.precision, device)
