@@ -125,7 +125,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """
         Raises:
-            DataError: if more images are broken than `max_broken` allows.
+            DataError: if more images are broken than `max_broken` allows, or a sample lacks what the recipe needs.
         """
         reader = TrainingReader(self.source, self.views, self.seed, self.section.views_per_image, self.companions)
         batches = prefetch(
@@ -142,6 +142,8 @@ class Loader:
                 read = next(batches, None)
                 if read is None:
                     return
+                if isinstance(read, DataError):
+                    raise read
                 request, views, broken = read
                 self._record(request, broken, complete=views is not None)
                 views = {name: view.to(self.device, non_blocking=True) for name, view in views.items()}

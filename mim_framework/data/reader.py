@@ -64,6 +64,10 @@ def read_each(source: Source, indices: Sequence[int]) -> Iterator[Sample | Broke
     yield from found
 
 
+Read = tuple[Request, dict[str, Tensor] | None, list[Broken]]
+"""The request, its batch (None if a position found no usable sample) and the broken samples."""
+
+
 class TrainingReader:
     """Reads one micro-batch per call, in a worker: views, and the companions that travel beside them."""
 
@@ -78,8 +82,14 @@ class TrainingReader:
         self.source, self.views, self.seed, self.views_per_image = source, views, seed, views_per_image
         self.companions = companions
 
-    def __getitem__(self, request: Request) -> tuple[Request, dict[str, Tensor] | None, list[Broken]]:
-        """The request, its batch (None if a position found no usable sample) and the broken samples."""
+    def __getitem__(self, request: Request) -> Read | DataError:
+        """The batch, or the error that ends the run: raised in a worker, its text would be one of a traceback."""
+        try:
+            return self._batch(request)
+        except DataError as error:
+            return error
+
+    def _batch(self, request: Request) -> Read:
         broken: list[Broken] = []
         samples = []
         rows: Iterable[Tensor | None] = repeat(None, len(request.positions))

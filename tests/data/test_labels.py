@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -142,8 +144,9 @@ def test_a_first_sample_without_a_label_is_refused_before_the_first_step(tmp_pat
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_later_sample_without_a_label_stops_the_run_by_name(workers: int):
-    with pytest.raises(DataError, match=r"sample '5.png' has no label"):
+    with pytest.raises(DataError, match=r"^data.source: sample '5.png' has no label"):
         list(loader_of(colours(unlabelled=(5,)), workers))
+    assert multiprocessing.active_children() == []
 
 
 def test_a_label_that_is_no_class_is_refused():
