@@ -23,7 +23,7 @@ from mim_framework.data.views import ImageViews
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.testing import RegistryWith
-from mim_framework.train.trainer import train
+from mim_framework.training.trainer import train
 
 
 class Colours(Source):
@@ -120,9 +120,9 @@ def test_the_loss_is_the_cross_entropy_of_each_image():
         views = model.prepare(step, model.example(4))
         head = model.objective.heads["main"]
         masked = model.objective.masker(step, views)
-        pred = head.decoder(model.objective.encode(masked.views["x"], masked.masks["x"]), masked.masks["x"])
+        pred = head.decoder(model.objective.encode(masked), masked.masks["x"])
         by_hand = -(views["label"] * pred.values[:, 0].log_softmax(-1)).sum(-1).mean()
-        assert model.objective(step, views)["main"].item() == pytest.approx(by_hand.item(), rel=1e-6)
+        assert model.objective(step, views).losses["main"].item() == pytest.approx(by_hand.item(), rel=1e-6)
 
 
 # --- what cannot be is said ------------------------------------------------------------------------------------------

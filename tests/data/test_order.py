@@ -22,7 +22,7 @@ from mim_framework.data.order import BatchLayout, BlockOrder, SampleOrder, Seque
 from mim_framework.data.views import ImageViews
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.testing import RegistryWith
-from mim_framework.train.directory import changed_keys
+from mim_framework.training.directory import changed_keys
 
 
 class Shards(Source):
