@@ -47,7 +47,7 @@ LossOf = Callable[[Tensor, int], Tensor]
 
 
 def build_ours(options: dict[str, Any]) -> Objective:
-    specs = Specs(views={"x": ViewSpec("x", (3, IMG_SIZE, IMG_SIZE))})
+    specs = Specs(views={"x": ViewSpec("x", size=(IMG_SIZE, IMG_SIZE))})
     encoder = MAEEncoder(MAEEncoder.Config(**options), specs)
     specs = specs.also(encoder=encoder.spec)
     masker = RandomMasker(RandomMasker.Config(mask_ratio=0.75), specs)

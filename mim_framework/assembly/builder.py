@@ -41,6 +41,7 @@ from mim_framework.data.labels import LABEL, Labels, num_classes_of
 from mim_framework.data.order import sample_order
 from mim_framework.data.views import MIXING_OPTIONS
 from mim_framework.nn.images import Renormalize
+from mim_framework.nn.patches import shown
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.optim import Optimizer, assign, layers_above
@@ -240,8 +241,8 @@ class Builder:
     def build_encoder(self) -> Encoder:
         encoder: Encoder = self.make("encoder", "encoder", self.recipe.encoder, self.specs)
         if not encoder.spec.grid.num_patches:
-            text = f"encoder '{encoder.name}' has no token in so small an image: one takes {encoder.spec.stride} pixels"
-            raise self.misfit("encoder", f"{text} and more")
+            token = f"one takes {shown(encoder.spec.stride)} pixels and more"
+            raise self.misfit("encoder", f"encoder '{encoder.name}' has no token in so small an image: {token}")
         self.publish(encoder=encoder.spec)
         return encoder
 
@@ -330,14 +331,19 @@ class Builder:
         mask = masker.spec
         if reason := refusal(mask, encoder.spec):
             raise self.misfit("masker", f"{sides}: {reason}")
-        grids = f"mask grid {mask.grid}, token grid {encoder.spec.grid}"
-        ratios = list(zip(mask.grid.shape, encoder.spec.grid.shape, strict=False))
-        divisible = all(b % a == 0 for a, b in ratios) or all(a % b == 0 for a, b in ratios)
-        if len(mask.grid.shape) != len(encoder.spec.grid.shape) or not divisible:
-            raise self.misfit("masker", f"{sides}: {grids}")
-        if mask.num_hidden and any(a > b for a, b in ratios):
-            stride = encoder.spec.stride
-            raise self.misfit("masker", f"{sides}: {grids}; a token of {stride} pixels cannot be hidden in part")
+        for view in encoder.spec.views:
+            if view not in mask.views and encoder.spec.grids:
+                joined, masked = ", ".join(encoder.spec.views), ", ".join(mask.views)
+                raise self.misfit("masker", f"{sides}: the encoder joins {joined}, the masker masks {masked}")
+            grid, seen = mask.grid_of(view), encoder.spec.of(view)
+            grids = f"mask grid {grid}, token grid {seen.grid}"
+            ratios = list(zip(grid.shape, seen.grid.shape, strict=False))
+            divisible = all(b % a == 0 for a, b in ratios) or all(a % b == 0 for a, b in ratios)
+            if len(grid.shape) != len(seen.grid.shape) or not divisible:
+                raise self.misfit("masker", f"{sides}: {grids}")
+            if mask.num_hidden and any(a > b for a, b in ratios):
+                token = f"a token of {shown(seen.stride)} pixels cannot be hidden in part"
+                raise self.misfit("masker", f"{sides}: {grids}; {token}")
 
     def check_copies(self, objective: Objective) -> None:
         parts = {path: module for path, module in objective.named_modules() if path}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from math import ceil
 from typing import Literal
 
@@ -17,18 +18,57 @@ from mim_framework.contract.records import Masked, Views
 from mim_framework.contract.specs import MaskerSpec, Specs
 from mim_framework.contract.step import Step
 from mim_framework.nn.masking import cell_grid, mask_from_noise
+from mim_framework.nn.patches import shown
 
 
-class RandomMasker(Masker):
+class CellMasker(Masker):
+    """A masker that hides cells of one view or of several, each by itself, on grids of any number of axes."""
+
+    class Config(Section):
+        mask_patch_size: int | None = Field(None, gt=0)
+        """Side of a mask cell in pixels, along height and width; the encoder's token by default. SimMIM uses 32."""
+        tube: bool = False
+        """Hide a cell of a clip at all times at once (VideoMAE)."""
+        views: tuple[str, ...] = Field(("x",), min_length=1)
+        """The views to mask, each by draws of its own."""
+
+    config: Config
+
+    def __init__(self, config: Section, specs: Specs) -> None:
+        super().__init__(config, specs)
+        c = self.config
+        self.cells = {view: cell_grid(specs, c.mask_patch_size, view, tube=c.tube) for view in c.views}
+
+    def forward(self, step: Step, views: Views) -> Masked:
+        masks = {view: self.mask(step, view, f"mask {view}".removesuffix(" x")) for view in self.config.views}
+        return Masked(masks, views)
+
+    @abstractmethod
+    def mask(self, step: Step, view: str, stream: str) -> Mask:
+        """The mask of one view, from random numbers of a stream whose name begins so."""
+
+    def publish(self, num_hidden: dict[str, int], *, equal: bool, shared: bool = False) -> None:
+        """Set the spec; `num_hidden` of every view."""
+        grids = {view: grid for view, (_, grid) in self.cells.items()}
+        first, *others = self.config.views
+        self.spec = MaskerSpec(
+            grids[first],
+            equal=equal,
+            shared=shared,
+            num_hidden=num_hidden[first],
+            views=self.config.views,
+            grids=grids if others else {},
+        )
+
+
+class RandomMasker(CellMasker):
     """Hide cells uniformly at random, the same number in every image (He et al. 2021, section 3; Xie et al. 2021)."""
 
     name = "random"
 
-    class Config(Section):
+    class Config(CellMasker.Config):
         mask_ratio: float = Field(0.75, gt=0, lt=1)
         """Share of the cells hidden from the encoder."""
-        mask_patch_size: int | None = Field(None, gt=0)
-        """Side of a mask cell in pixels; the encoder's token by default. SimMIM uses 32."""
         rounding: Literal["keep_floor", "hide_ceil", "hide_floor"] = "keep_floor"
         """When the ratio gives no whole number: MAE rounds the visible count down, SimMIM the hidden one up, Point-MAE
         the hidden one down."""
@@ -39,24 +79,31 @@ class RandomMasker(Masker):
 
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
-        cell, grid = cell_grid(specs, self.config.mask_patch_size)
+        self.kept = {view: self.keep(*each) for view, each in self.cells.items()}
+        self.num_keep = self.kept[self.config.views[0]]
+        hidden = {view: grid.num_patches - self.kept[view] for view, (_, grid) in self.cells.items()}
+        self.publish(hidden, equal=True, shared=self.config.shared)
+
+    def keep(self, cell: tuple[int, ...], grid: Grid) -> int:
+        """How many of the cells of a grid stay visible."""
         ratio, count = self.config.mask_ratio, grid.num_patches
-        self.num_keep = {
+        num_keep = {
             "keep_floor": int(count * (1 - ratio)),
             "hide_ceil": count - ceil(count * ratio),
             "hide_floor": count - int(count * ratio),
         }[self.config.rounding]
-        if self.num_keep < 1:
-            raise ValueError(f"mask_ratio {ratio} leaves none of the {count} cells of {cell} pixels visible")
-        if self.num_keep == count:
-            raise ValueError(f"mask_ratio {ratio} hides none of the {count} cells of {cell} pixels")
-        self.spec = MaskerSpec(grid, equal=True, shared=self.config.shared, num_hidden=count - self.num_keep)
+        if num_keep < 1:
+            raise ValueError(f"mask_ratio {ratio} leaves none of the {count} cells of {shown(cell)} pixels visible")
+        if num_keep == count:
+            raise ValueError(f"mask_ratio {ratio} hides none of the {count} cells of {shown(cell)} pixels")
+        return num_keep
 
-    def forward(self, step: Step, views: Views) -> Masked:
-        grid = self.spec.grid
-        noise = step.rand("mask", grid.num_patches)
-        mask = mask_from_noise(noise[:1].expand_as(noise) if self.config.shared else noise, self.num_keep, grid)
-        return Masked({"x": mask.as_shared() if self.config.shared else mask}, views)
+    def mask(self, step: Step, view: str, stream: str) -> Mask:
+        grid = self.cells[view][1]
+        noise = step.rand(stream, grid.num_patches)
+        if not self.config.shared:
+            return mask_from_noise(noise, self.kept[view], grid)
+        return mask_from_noise(noise[:1].expand_as(noise), self.kept[view], grid).as_shared()
 
 
 ATTEMPTS_PER_BLOCK = 10
@@ -126,18 +173,16 @@ def complete(hidden: Tensor, noise: Tensor, num_hidden: int) -> Tensor:
     return torch.zeros_like(hidden).scatter(1, order[:, :num_hidden], True)
 
 
-class BlockMasker(Masker):
+class BlockMasker(CellMasker):
     """Hide rectangular blocks until a given number of patches is hidden (BEiT, MaskFeat, BEiT v2)."""
 
     name = "block"
 
-    class Config(Section):
+    class Config(CellMasker.Config):
         mask_ratio: float = Field(0.4, gt=0, lt=1)
         """Share of the patches to hide, rounded to the nearest number."""
         num_hidden: int | None = Field(None, gt=0)
         """Number of patches to hide, instead of `mask_ratio` (BEiT: 75 of 196)."""
-        mask_patch_size: int | None = Field(None, gt=0)
-        """Side of a patch of the mask in pixels; the encoder's token by default."""
         min_num_patches: int | None = Field(None, gt=0)
         """Smallest area of a block in patches; a fifth of all to hide by default (MaskFeat). BEiT has 16."""
         max_num_patches: int | None = Field(None, gt=0)
@@ -152,38 +197,44 @@ class BlockMasker(Masker):
 
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
-        c = self.config
-        _, grid = cell_grid(specs, c.mask_patch_size)
-        self.num_hidden = round(grid.num_patches * c.mask_ratio) if c.num_hidden is None else c.num_hidden
-        if not 0 < self.num_hidden < grid.num_patches:
-            key = f"mask_ratio {c.mask_ratio}" if c.num_hidden is None else f"num_hidden {c.num_hidden}"
-            raise ValueError(f"{key} hides {self.num_hidden} of the {grid.num_patches} patches of the mask")
-        self.min_num_patches = max(1, self.num_hidden // 5) if c.min_num_patches is None else c.min_num_patches
-        if self.min_num_patches > self.num_hidden:
-            raise ValueError(f"min_num_patches {self.min_num_patches} is more than the {self.num_hidden} to hide")
-        equal = c.rule != "stop_short"
-        self.spec = MaskerSpec(grid, equal=equal, num_hidden=self.num_hidden)
+        self.counts = {view: self.count(grid) for view, (_, grid) in self.cells.items()}
+        self.publish(self.counts, equal=self.config.rule != "stop_short")
 
-    def forward(self, step: Step, views: Views) -> Masked:
-        c, grid = self.config, self.spec.grid
+    def count(self, grid: Grid) -> int:
+        """How many patches of a grid are to be hidden."""
+        c = self.config
+        if grid.shape[:-2] not in ((), (1,)) or len(grid.shape) < 2:
+            raise ValueError(f"masker 'block' draws rectangles, the grid is {grid}; of a clip give tube: true")
+        num_hidden = round(grid.num_patches * c.mask_ratio) if c.num_hidden is None else c.num_hidden
+        if not 0 < num_hidden < grid.num_patches:
+            key = f"mask_ratio {c.mask_ratio}" if c.num_hidden is None else f"num_hidden {c.num_hidden}"
+            raise ValueError(f"{key} hides {num_hidden} of the {grid.num_patches} patches of the mask")
+        if self.smallest(num_hidden) > num_hidden:
+            raise ValueError(f"min_num_patches {c.min_num_patches} is more than the {num_hidden} to hide")
+        return num_hidden
+
+    def smallest(self, num_hidden: int) -> int:
+        """Area of the smallest block, in patches."""
+        return max(1, num_hidden // 5) if self.config.min_num_patches is None else self.config.min_num_patches
+
+    def mask(self, step: Step, view: str, stream: str) -> Mask:
+        c, grid, num_hidden = self.config, self.cells[view][1], self.counts[view]
         keep_trying = c.rule == "mmpretrain"
-        num_numbers = (
-            NUMBERS_PER_ATTEMPT * MAX_ATTEMPTS * (8 if keep_trying else 1)
-        )  # mmpretrain: 1 in 2,000 needs over 128
+        attempts = MAX_ATTEMPTS * (8 if keep_trying else 1)  # mmpretrain: 1 in 2,000 needs over 128
         hidden = draw_blocks(
-            step.rand("mask", num_numbers),
-            grid,
-            self.num_hidden,
-            min_num_patches=self.min_num_patches,
+            step.rand(stream, NUMBERS_PER_ATTEMPT * attempts),
+            Grid(grid.shape[-2:]),
+            num_hidden,
+            min_num_patches=self.smallest(num_hidden),
             max_num_patches=c.max_num_patches,
             min_aspect=c.min_aspect,
             give_up=not keep_trying,
             last_edge=not keep_trying,
         )
         if c.rule == "stop_short":
-            return Masked({"x": Mask(hidden, grid, max_hidden=self.num_hidden)}, views)
-        hidden = complete(hidden, step.rand("mask completion", grid.num_patches), self.num_hidden)
-        return Masked({"x": Mask(hidden, grid, equal=True, num_hidden=self.num_hidden)}, views)
+            return Mask(hidden, grid, max_hidden=num_hidden)
+        noise = step.rand(stream.replace("mask", "mask completion", 1), grid.num_patches)
+        return Mask(complete(hidden, noise, num_hidden), grid, equal=True, num_hidden=num_hidden)
 
 
 class NoMasker(Masker):
@@ -193,8 +244,11 @@ class NoMasker(Masker):
 
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
-        self.spec = MaskerSpec(specs.encoder.grid, equal=True, shared=True, num_hidden=0)
+        views = specs.encoder.views
+        self.grids = {view: specs.encoder.of(view).grid for view in views}
+        grids = self.grids if len(views) > 1 else {}
+        self.spec = MaskerSpec(self.grids[views[0]], equal=True, shared=True, views=views, grids=grids)
 
     def forward(self, step: Step, views: Views) -> Masked:
-        mask = Mask.none(len(step.positions), self.spec.grid, step.positions.device)
-        return Masked({"x": mask.predicting(~mask.hidden)}, views)
+        masks = {view: Mask.none(len(step.positions), grid, step.positions.device) for view, grid in self.grids.items()}
+        return Masked({view: mask.predicting(~mask.hidden) for view, mask in masks.items()}, views)

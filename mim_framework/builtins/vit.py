@@ -6,11 +6,10 @@ encoder from `MaskTokenViT`: a name, defaults, and how the weights begin.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from mim_framework.base.section import Section
@@ -22,15 +21,19 @@ from mim_framework.nn.attention import check_heads
 from mim_framework.nn.blocks import NORM_EPS, Block, drop_path_ramp, run_blocks
 from mim_framework.nn.init import FAR, ONE_STD, init_linear, rescale_by_depth, trunc_normal
 from mim_framework.nn.masking import put_mask_token
-from mim_framework.nn.patches import patch_grid
+from mim_framework.nn.patches import PatchEmbed, patch_grid, sides
 from mim_framework.nn.positions import RelativePositionBias, sincos_position_table
+
+Side = Annotated[int, Field(gt=0)]
+PatchSize = Side | tuple[Side, ...]
+"""Option: a side in pixels for all axes, or one for each."""
 
 
 class ViTSizes(Section):
     """How large a plain vision transformer is."""
 
-    patch_size: int = Field(16, gt=0)
-    """Side of a patch in pixels."""
+    patch_size: PatchSize = 16
+    """Side of a patch in pixels, or one for each axis: [2, 16, 16] of a clip."""
     embed_dim: int = Field(768, gt=0)
     """Width; a multiple of `num_heads`."""
     depth: int = Field(12, gt=0)
@@ -70,7 +73,7 @@ class MaskTokenViT(Encoder):
         grid = patch_grid(view.img_size, c.patch_size)
         check_heads(c.embed_dim, c.num_heads)
 
-        self.patch_embed = PatchEmbed(view.img_size, c.patch_size, view.in_chans, c.embed_dim)
+        self.patch_embed = PatchEmbed(grid, c.patch_size, view.in_chans, c.embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
         if c.position == "learned":
@@ -89,7 +92,7 @@ class MaskTokenViT(Encoder):
         self.spec = EncoderSpec(
             dim=c.embed_dim,
             grid=grid,
-            stride=c.patch_size,
+            stride=sides(c.patch_size, len(grid.shape)),
             depth=c.depth,
             num_heads=c.num_heads,
             num_prefix_tokens=1,
@@ -138,7 +141,7 @@ class MaskTokenViT(Encoder):
         return self.blocks
 
     def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent:
-        """view (B, C, H, W) -> tokens (B, N, D). Aux `position_bias` (1, heads, 1 + N, 1 + N) is that of all blocks."""
+        """view (B, C, *size) -> tokens (B, N, D). Aux `position_bias` (1, heads, 1 + N, 1 + N): that of all blocks."""
         x = self.embed(view, mask.at(self.spec.grid))
         shared_bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         x, answers = run_blocks(self.blocks, x, ask, shared_bias)
@@ -150,8 +153,12 @@ class MaskTokenViT(Encoder):
         return self.norm(x)
 
     def embed(self, view: Tensor, mask: Mask) -> Tensor:
-        """view (B, C, H, W) -> (B, 1 + N, D): class token and patches, hidden ones replaced, with positions."""
-        patches = put_mask_token(self.patch_embed(view), self.mask_token, mask, always=self.training)
+        """view (B, C, *size) -> (B, 1 + N, D): class token and patches, hidden ones replaced, with positions.
+
+        Of several masks of a sample each has a row.
+        """
+        patches = mask.per_mask(self.patch_embed(view))
+        patches = put_mask_token(patches, self.mask_token, mask, always=self.training)
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mim_framework.assembly.opened import load_run
 from mim_framework.assembly.preflight import make_step
@@ -44,7 +45,8 @@ def reconstruct_run(
     written: list[Path] = []
     for path, view, position in zip(images, samples, positions, strict=True):
         step = make_step(run.recipe, position[None], teachers=run.teachers.session())
-        rows = reconstruct(run.objective, run.views, step, {"x": view[None].to(run.device)})
+        batch = {name: one[None].to(run.device) for name, one in named(view).items()}
+        rows = reconstruct(run.objective, run.views, step, batch)
         if rows is None:
             heads = run.objective.heads
             targets = ", ".join(f"'{head.target.name}'" for head in heads.values()) or "of its own"
@@ -73,3 +75,8 @@ def _unused(path: Path, written: list[Path]) -> Path:
         number += 1
         free = path.with_stem(f"{path.stem}_{number}")
     return free
+
+
+def named(view: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    """An evaluation view by name: "x" where a builder gives one alone."""
+    return view if isinstance(view, dict) else {"x": view}

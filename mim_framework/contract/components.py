@@ -380,8 +380,8 @@ class ViewBuilder:
         }
 
     @abstractmethod
-    def evaluation_view(self, sample: Sample) -> Tensor:
-        """The deterministic view "x" of a sample for kNN and reconstructions, before `prepare`."""
+    def evaluation_view(self, sample: Sample) -> Tensor | dict[str, Tensor]:
+        """The deterministic view "x" of a sample for evaluations and pictures, before `prepare`; or several by name."""
 
     def to_image(self, view: Tensor) -> Tensor:
         """Prepared view (B, C, H, W) -> float images in [0, 1]; undoes the normalisation."""

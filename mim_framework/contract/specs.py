@@ -101,52 +101,77 @@ class Specs:
         return self.teacher_views.get(name, "x")
 
 
+PLANE = ("height", "width")
+"""Axes of an image."""
+
+
 @dataclass(frozen=True)
 class ViewSpec:
-    """A view: `shape` of one sample, (C, H, W) for images.
+    """A view: one sample has `in_chans` channels over `axes` of `size` each, (C, H, W) for images.
 
-    `mean` and `std` of each channel, if images in [0, 1] were normalised by them; `unit_range` takes that back.
-    A view of kind `ids` holds token ids (N,), of `num_classes` classes, on `grid`. One of kind `labels` holds the class
-    of an image, (), or where views mix labels the probabilities of all classes, (num_classes,). A plugin may have a
-    kind of its own, such as `points`, for its own components; those that look at images refuse it.
+    A clip has the axes (time, height, width). `mean` and `std` are those of each channel, by which images in [0, 1]
+    were normalised. A view of another kind has channels of its own, or none (`in_chans` None): `ids` holds token ids
+    (N,) of `num_classes` classes on `grid`, `labels` the class of an image, (), or where views mix labels the
+    probabilities of all classes, (num_classes,). A plugin may have a kind of its own, such as `points`, for its own
+    components; those that look at images refuse it.
     """
 
     name: str
-    shape: tuple[int, ...]
+    axes: tuple[str, ...] = PLANE
+    size: tuple[int, ...] = ()
+    in_chans: int | None = 3
     kind: str = "image"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     grid: Grid | None = None
     num_classes: int | None = None
 
+    def __post_init__(self) -> None:
+        if len(self.axes) != len(self.size):
+            raise ValueError(
+                f"view '{self.name}' has {len(self.axes)} axes ({', '.join(self.axes)}) and {len(self.size)} sizes"
+            )
+
+    @classmethod
+    def of_kind(cls, kind: str, name: str, *shape: int, **facts: Any) -> ViewSpec:
+        """A view that holds no image: its axes have no names that others know."""
+        axes = tuple(f"axis_{number}" for number in range(len(shape)))
+        return cls(name, axes, tuple(shape), None, kind, **facts)
+
     @property
-    def in_chans(self) -> int:
-        """Channels.
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample: channels first, where there are any."""
+        return self.size if self.in_chans is None else (self.in_chans, *self.size)
+
+    @property
+    def img_size(self) -> tuple[int, ...]:
+        """Pixels along every axis: (height, width), or (frames, height, width) of a clip.
 
         Raises:
-            ValueError: if the view does not hold images.
+            ValueError: if the view holds no images.
         """
-        return self._image_shape[0]
-
-    @property
-    def img_size(self) -> tuple[int, int]:
-        """Height and width.
-
-        Raises:
-            ValueError: if the view does not hold images.
-        """
-        return self._image_shape[1], self._image_shape[2]
-
-    @property
-    def _image_shape(self) -> tuple[int, ...]:
         if self.kind != "image":
             raise ValueError(f"view '{self.name}' holds {self.kind}, images are needed")
-        return self.shape
+        return self.size
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """For components that know images of two axes only.
+
+        Raises:
+            ValueError: if the view holds no images, or has other axes.
+        """
+        height_width = self.img_size
+        if self.axes != PLANE:
+            raise ValueError(f"view '{self.name}' has the axes {', '.join(self.axes)}; height and width are needed")
+        return height_width  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
     """An encoder: output width, token grid, pixels per token, blocks, attention heads, and what it can be asked for.
+
+    `stride`: pixels of a token along every axis; one number for all axes may be given.
 
     `visible_only`: hidden tokens are dropped, so that `Latent.tokens` holds the visible positions only.
     `accepts`: masks whose rows hide equal numbers, masks whose rows vary, no mask at all, and mixed images (an encoder
@@ -158,7 +183,7 @@ class EncoderSpec:
 
     dim: int
     grid: Grid
-    stride: int
+    stride: tuple[int, ...]
     depth: int
     num_heads: int
     num_prefix_tokens: int = 0
@@ -171,7 +196,11 @@ class EncoderSpec:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     views: tuple[str, ...] = ("x",)
-    grids: Mapping[str, tuple[Grid, int]] = field(default_factory=dict)
+    grids: Mapping[str, tuple[Grid, tuple[int, ...]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stride, int):
+            object.__setattr__(self, "stride", (self.stride,) * len(self.grid.shape))
 
     def of(self, view: str) -> EncoderSpec:
         """The encoder as one view sees it: its grid and stride.
@@ -196,8 +225,8 @@ class EncoderSpec:
 class MaskerSpec:
     """A masker: the views it masks, on which grid, whether rows hide equal numbers, and how many on average.
 
-    `mixes`: hidden positions show another image of the batch (`Mask.partner`), which only some encoders and decoders
-    can tell apart.
+    `grids`: of every view, where they differ; `grid` and `num_hidden` are those of the first. `mixes`: hidden positions
+    show another image of the batch (`Mask.partner`), which only some encoders and decoders can tell apart.
     """
 
     grid: Grid
@@ -207,6 +236,11 @@ class MaskerSpec:
     views: tuple[str, ...] = ("x",)
     rewrites: tuple[str, ...] = ()
     mixes: bool = False
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+
+    def grid_of(self, view: str) -> Grid:
+        """The grid on which a view is masked."""
+        return self.grids.get(view, self.grid)
 
 
 Kind = Literal["dense", "ids", "probs", "map", "opaque"]
@@ -214,11 +248,15 @@ Kind = Literal["dense", "ids", "probs", "map", "opaque"]
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """A target: kind, size of each vector (or number of classes) and the grid it lives on."""
+    """A target: kind, size of each vector (or number of classes) and the grid it lives on.
+
+    `layout`: what a vector is made of where that is known: (rows, columns, channels) of a patch's pixels.
+    """
 
     kind: Kind
     dim: int
     grid: Grid
+    layout: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class TokenCache:
         if found != (self.facts.shape, self.facts.dtype):
             raise DataError(f"data.tokens {folder}: ids of {found[0]} {found[1]}, {FACTS} says {self.facts.shape}")
         grid, num_classes = Grid(self.facts.grid), self.facts.num_classes
-        self.spec = ViewSpec(VIEW_OF_IDS, self.facts.shape[2:], "ids", grid=grid, num_classes=num_classes)
+        self.spec = ViewSpec.of_kind("ids", VIEW_OF_IDS, *self.facts.shape[2:], grid=grid, num_classes=num_classes)
 
     def __reduce__(self) -> tuple[type[TokenCache], tuple[Path]]:
         """A worker that is not forked maps the file itself, instead of being sent all ids."""

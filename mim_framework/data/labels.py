@@ -22,7 +22,7 @@ class Labels:
 
     def __init__(self, num_classes: int | None) -> None:
         """`num_classes` is None where only a model is built and the source is not there."""
-        self.spec = ViewSpec(LABEL, (), "labels", num_classes=num_classes)
+        self.spec = ViewSpec.of_kind("labels", LABEL, num_classes=num_classes)
 
     def check(self, source: Source, world: World) -> None:
         """

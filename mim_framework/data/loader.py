@@ -207,13 +207,13 @@ def evaluation_batches(
         on_broken: told every broken sample, with its index as position.
 
     Yields:
-        ({"x": (b, C, H, W)}, labels (b,) int64 with -1 where a sample has none), both on the CPU.
+        ({"x": (b, C, H, W)} or more views, labels (b,) int64 with -1 where a sample has none), both on the CPU.
     """
     wanted = range(len(source)) if indices is None else indices
     requests = (list(wanted[i : i + batch_size]) for i in range(0, len(wanted), batch_size))
     reader = _EvaluationReader(source, views)
-    for images, labels, broken in prefetch(reader, requests, workers=workers, remote=source.remote):
+    for batch, labels, broken in prefetch(reader, requests, workers=workers, remote=source.remote):
         for sample in broken if on_broken else ():
             on_broken(sample)
-        if images is not None:
-            yield {"x": images}, labels
+        if batch is not None:
+            yield batch, labels

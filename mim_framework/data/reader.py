@@ -154,7 +154,7 @@ class _EvaluationReader:
     def __init__(self, source: Source, views: ViewBuilder) -> None:
         self.source, self.views = source, views
 
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor | None, Tensor, list[Broken]]:
+    def __getitem__(self, indices: list[int]) -> tuple[dict[str, Tensor] | None, Tensor, list[Broken]]:
         images, labels, broken = [], [], []
         for index, sample in zip(indices, read_each(self.source, indices), strict=True):
             try:
@@ -164,4 +164,6 @@ class _EvaluationReader:
                 labels.append(-1 if sample.label is None else sample.label)
             except BrokenImage as error:
                 broken.append(Broken(index, index, error.name, error.cause, error.detail))
-        return torch.stack(images) if images else None, torch.tensor(labels, dtype=torch.int64), broken
+        found = [each if isinstance(each, dict) else {"x": each} for each in images]
+        batch = {name: torch.stack([each[name] for each in found]) for name in found[0]} if found else None
+        return batch, torch.tensor(labels, dtype=torch.int64), broken

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from itertools import permutations
 from typing import Annotated, Any, NamedTuple
@@ -190,7 +189,7 @@ class ImageViews(ViewBuilder):
     def __init__(self, config: Section) -> None:
         super().__init__(config)
         c = self.config
-        self.specs = {"x": ViewSpec("x", (3, c.img_size, c.img_size), mean=c.mean, std=c.std)}
+        self.specs = {"x": ViewSpec("x", size=(c.img_size, c.img_size), mean=c.mean, std=c.std)}
         jpeg_decoder(c.decoder)  # imported before workers fork, and refused here if it is missing
         self._normalisation: dict[torch.device, tuple[Tensor, Tensor]] = {}
         if isinstance(c, ImageViews.Config):  # a subclass may have options of its own, without these
@@ -232,7 +231,7 @@ class ImageViews(ViewBuilder):
             text = "mixup, cutmix and label_smoothing are for builders of one view 'x'"
             raise ValueError(f"{text}; there is {', '.join(others)} beside it")
         self.num_classes = given.num_classes or 0  # not known where a model is built without its data
-        return replace(given, shape=(self.num_classes,))
+        return ViewSpec.of_kind("labels", given.name, self.num_classes, num_classes=given.num_classes)
 
     def evaluation_view(self, sample: Sample) -> Tensor:
         return resized_center_crop(self.open(sample), self.config.img_size, self.config.interpolation)

@@ -16,7 +16,7 @@ from mim_framework.base.errors import DataError
 from mim_framework.contract.components import Encoder, Source, ViewBuilder
 from mim_framework.contract.evaluation import Evaluation, Features, Pool, Split, check_features
 from mim_framework.contract.mask import Mask
-from mim_framework.contract.records import Ask
+from mim_framework.contract.records import Ask, Views
 from mim_framework.contract.specs import EncoderSpec
 from mim_framework.contract.world import World
 from mim_framework.data.loader import evaluation_batches
@@ -27,7 +27,7 @@ _UNLABELLED, _NO_IMAGE = -1, -2
 
 Layer = int | None
 """Number of a block, or None for the encoder's own output."""
-Extract = Callable[[Tensor], list[Tensor]]
+Extract = Callable[[Views], list[Tensor]]
 """Prepared view (B, C, H, W) -> features, a tensor (B, ...) for each layer."""
 
 
@@ -168,8 +168,8 @@ class EncoderSubject:
 
         def add(batch: dict[str, Tensor], labels: Tensor) -> None:
             on_device = {name: view.to(self.device, non_blocking=True) for name, view in batch.items()}
-            view = self.views.prepare(None, on_device)["x"]
-            found.append(([each.float() for each in extract(view)], labels.to(self.device)))
+            views = self.views.prepare(None, on_device)
+            found.append(([each.float() for each in extract(views)], labels.to(self.device)))
 
         with self.frozen():
             for batch, labels in evaluation_batches(
@@ -177,7 +177,8 @@ class EncoderSubject:
             ):
                 add(batch, labels)
             while len(found) < max(1, ceil(per_rank / self.batch_size)):  # broken images, or none left for this rank
-                add({"x": self.views.example(1)["x"]}, torch.full((1,), _NO_IMAGE))
+                example = self.views.example(1)
+                add({name: example[name] for name in self.spec.views}, torch.full((1,), _NO_IMAGE))
         y = torch.cat([labels for _, labels in found])
         columns = [torch.cat(column) for column in zip(*(rows for rows, _ in found), strict=True)]
         columns = [x[y != _NO_IMAGE] for x in columns]
@@ -228,9 +229,10 @@ def tokens_of(encoder: Encoder, pool: Pool, layers: Sequence[Layer]) -> Extract:
     """The encoder's features of images of which nothing is hidden."""
     ask = Ask(layers=frozenset(layer for layer in layers if layer is not None))
 
-    def extract(view: Tensor) -> list[Tensor]:
+    def extract(views: Views) -> list[Tensor]:
         spec = encoder.spec
-        latent = encoder(view, Mask.none(len(view), spec.grid, view.device), ask)
+        masks = {name: Mask.none(len(views[name]), spec.of(name).grid, views[name].device) for name in spec.views}
+        latent = encoder.encode(views, masks, ask)
         found = []
         for layer in layers:
             if layer is None:
@@ -251,8 +253,8 @@ def tokens_of(encoder: Encoder, pool: Pool, layers: Sequence[Layer]) -> Extract:
 def raw_pixels(views: ViewBuilder) -> Extract:
     """The pixels in [0, 1] as they are, averaged down to 32x32 if there are more."""
 
-    def extract(view: Tensor) -> list[Tensor]:
-        images = views.to_image(view)
+    def extract(prepared: Views) -> list[Tensor]:
+        images = views.to_image(prepared["x"]).flatten(1, -3)  # the frames of a clip beside its channels
         height, width = (min(size, MAX_RAW_SIDE) for size in images.shape[-2:])
         return [adaptive_avg_pool2d(images, (height, width)).flatten(1)]
 

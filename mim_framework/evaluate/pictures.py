@@ -20,19 +20,32 @@ CAPTION_HEIGHT = 16
 _MIN_WIDTH = 96  # of an image, in pixels: room for the longest caption
 
 
+MAX_FRAMES = 4
+"""Frames of a clip that are shown, evenly spaced, side by side."""
+
+
 def mask_image(image: Tensor, hidden: Tensor, grid: Grid) -> Tensor:
-    """image (C, H, W) in [0, 1], hidden (N,) bool on `grid` -> the image with hidden patches grey.
+    """image (C, *size) in [0, 1], hidden (N,) bool on `grid` -> the image with hidden patches grey.
 
     Raises:
         ValueError: if the image is not a whole number of grid cells.
     """
-    rows, columns = grid.shape
-    height, width = image.shape[1:]
-    if height % rows or width % columns:
-        raise ValueError(f"image size {height}x{width} is not a multiple of the grid {grid}")
-    cells = hidden.reshape(rows, columns)
-    pixels = cells.repeat_interleave(height // rows, dim=0).repeat_interleave(width // columns, dim=1)
+    size = image.shape[1:]
+    if len(size) != len(grid.shape) or any(pixels % cells for pixels, cells in zip(size, grid.shape, strict=True)):
+        raise ValueError(f"image size {'x'.join(map(str, size))} is not a multiple of the grid {grid}")
+    pixels = hidden.reshape(grid.shape)
+    for axis, (many, few) in enumerate(zip(size, grid.shape, strict=True)):
+        pixels = pixels.repeat_interleave(many // few, dim=axis)
     return image.masked_fill(pixels, 0.5)
+
+
+def flat(image: Tensor) -> Tensor:
+    """image (C, H, W) as it is; of a clip (C, T, H, W) some frames side by side, (C, H, frames * W)."""
+    if image.ndim == 3:
+        return image
+    num_frames = min(MAX_FRAMES, image.shape[1])
+    frames = [image[:, i * image.shape[1] // num_frames] for i in range(num_frames)]
+    return torch.cat(frames, dim=-1)
 
 
 def reconstruction_picture(

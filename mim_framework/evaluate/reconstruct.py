@@ -9,7 +9,7 @@ from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Pred
 from mim_framework.contract.step import Step
 from mim_framework.evaluate.base import evaluation_mode
-from mim_framework.evaluate.pictures import mask_image
+from mim_framework.evaluate.pictures import flat, mask_image
 
 Row = tuple[Tensor, Tensor, Tensor]
 """Input, masked and reconstructed image, each (C, H, W) in [0, 1] on the CPU."""
@@ -26,14 +26,16 @@ def reconstruct(objective: Objective, views: ViewBuilder, step: Step, batch: dic
         return None  # the evaluation view is "x" alone
     with evaluation_mode(objective):
         masked = objective.masker(step, views.prepare(step, batch))
-        mask, clean = masked.masks["x"], masked.clean("x")
-        if len(mask.hidden) != len(clean):
+        if any(len(mask.hidden) != len(masked.clean(name)) for name, mask in masked.masks.items()):
             return None  # several masks of an image
         latent = objective.encode(masked)
         if latent is None:
             return None
         for head in objective.heads.values():
-            pred = head.decoder(latent.of(head.view), mask)
+            if head.view != "x":
+                continue  # `to_image` knows no other
+            mask, clean = masked.masks["x"], masked.clean("x")
+            pred = head.decoder(latent.of("x"), mask)
             picture = _picture(head.target, pred, mask, clean, views) if isinstance(pred, Pred) else None
             if picture is not None:
                 break
@@ -44,7 +46,7 @@ def reconstruct(objective: Objective, views: ViewBuilder, step: Step, batch: dic
     images = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
     hidden = mask.hidden.cpu()
     return [
-        (image, mask_image(image, row, mask.grid), result)
+        (flat(image), flat(mask_image(image, row, mask.grid)), flat(result))
         for image, row, result in zip(images, hidden, reconstructed, strict=True)
     ]
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mim_framework.contract.mask import Grid, Mask, repeated_rows
 from mim_framework.contract.specs import Specs
+from mim_framework.nn.patches import patch_grid, shown
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
@@ -45,18 +46,31 @@ def hide_smallest(noise: Tensor, num_hidden: int) -> Tensor:
     return torch.zeros_like(noise, dtype=torch.bool).scatter_(1, order[:, :num_hidden], True)
 
 
-def cell_grid(specs: Specs, mask_patch_size: int | None) -> tuple[int, Grid]:
-    """Side in pixels and grid of the cells that a masker hides: the encoder's tokens, or cells of another size.
+def cell_grid(
+    specs: Specs, mask_patch_size: int | None, view: str = "x", *, tube: bool = False
+) -> tuple[tuple[int, ...], Grid]:
+    """Sides in pixels and grid of the cells that a masker hides: the encoder's tokens, or cells of another size.
+
+    Args:
+        mask_patch_size: side along height and width; along time a cell is as long as a token.
+        tube: one cell holds for all times of a clip.
 
     Raises:
         ValueError: if the cells do not fill the image, or do not fit the encoder's tokens.
     """
-    stride = specs.encoder.stride
-    if mask_patch_size is None:
-        return stride, specs.encoder.grid
-    height, width = specs.view("x").img_size
-    if height % mask_patch_size or width % mask_patch_size:
-        raise ValueError(f"image size {height}x{width} is not a multiple of mask_patch_size {mask_patch_size}")
-    if mask_patch_size % stride and stride % mask_patch_size:
-        raise ValueError(f"mask_patch_size {mask_patch_size} and the encoder's stride {stride} must divide one another")
-    return mask_patch_size, Grid((height // mask_patch_size, width // mask_patch_size))
+    encoder = specs.encoder.of(view)
+    stride, grid = encoder.stride, encoder.grid
+    if mask_patch_size is not None:
+        img_size, sides = specs.view(view).img_size, (*stride[:-2], mask_patch_size, mask_patch_size)
+        if any(size % side for size, side in zip(img_size, sides, strict=True)):
+            size = "x".join(map(str, img_size))
+            raise ValueError(f"image size {size} is not a multiple of mask_patch_size {mask_patch_size}")
+        if any(side % token and token % side for side, token in zip(sides, stride, strict=True)):
+            text = f"mask_patch_size {mask_patch_size} and the encoder's stride {shown(stride)} must divide one another"
+            raise ValueError(text)
+        stride, grid = sides, patch_grid(img_size, sides)
+    if not tube:
+        return stride, grid
+    if len(grid.shape) != 3:
+        raise ValueError(f"tube needs a clip of the axes time, height and width; the grid of view '{view}' is {grid}")
+    return (specs.view(view).img_size[0], *stride[1:]), Grid((1, *grid.shape[1:]))

@@ -9,26 +9,30 @@ from mim_framework.contract.mask import Grid
 
 
 def sincos_position_table(dim: int, grid: Grid, *, row_first: bool = False, num_prefix_tokens: int = 0) -> Tensor:
-    """Fixed 2-D sin-cos positions (prefix + N, dim) float32, zeros for the prefix, as in MAE's `util/pos_embed.py`.
+    """Fixed sin-cos positions (prefix + N, dim) float32, zeros for the prefix, as in MAE's `util/pos_embed.py`.
 
     The first half of the channels encodes the column, the second half the row; within a half all sines come first.
-    Angles are in float64. `row_first` exchanges the halves, as mmpretrain has them.
+    Angles are in float64. `row_first` exchanges the halves, as mmpretrain has them. With another number of axes the
+    last one comes first too, and all have as many channels, but that the first one, time, takes what remains.
 
     Raises:
-        ValueError: if `dim` is not a multiple of 4.
+        ValueError: if `dim` is not a multiple of 4, or of 2 for every axis where there are not two.
     """
-    if dim % 4:
-        raise ValueError(f"a 2-D sin-cos position table needs a width that is a multiple of 4, got {dim}")
-    rows, columns = grid.shape
-    frequencies = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4.0))
-    row, column = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
-    )
-    halves = []
-    for coordinate in (row, column) if row_first else (column, row):
-        angles = coordinate.reshape(-1, 1) * frequencies
-        halves += [angles.sin(), angles.cos()]
-    return torch.cat([torch.zeros(num_prefix_tokens, dim), torch.cat(halves, dim=1).float()])
+    num_axes = len(grid.shape)
+    if dim % (4 if num_axes == 2 else 2):
+        of = 4 if num_axes == 2 else 2
+        raise ValueError(f"a {num_axes}-D sin-cos position table needs a width that is a multiple of {of}, got {dim}")
+    share = dim // (2 * num_axes) * 2
+    widths = [dim - (num_axes - 1) * share, *[share] * (num_axes - 1)]
+    places = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid.shape), indexing="ij")
+    parts = []
+    order = range(num_axes) if row_first else reversed(range(num_axes))
+    for axis in order:
+        half = widths[axis] // 2
+        frequencies = 1.0 / 10000 ** (torch.arange(half, dtype=torch.float64) / (widths[axis] / 2.0))
+        angles = places[axis].reshape(-1, 1) * frequencies
+        parts += [angles.sin(), angles.cos()]
+    return torch.cat([torch.zeros(num_prefix_tokens, dim), torch.cat(parts, dim=1).float()])
 
 
 def relative_position_index(grid: Grid) -> Tensor:
@@ -36,8 +40,11 @@ def relative_position_index(grid: Grid) -> Tensor:
 
     Patch to patch: (dy + h - 1) * (2w - 1) + dx + w - 1. The three last rows of the table are for the class token as
     query, as key, and for itself (BEiT, `modeling_finetune.py`).
+
+    Raises:
+        ValueError: if the grid has other axes than rows and columns.
     """
-    height, width = grid.shape
+    height, width = _plane(grid)
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     row, column = row.flatten(), column.flatten()
     dy, dx = row[:, None] - row[None], column[:, None] - column[None]
@@ -50,7 +57,7 @@ def relative_position_index(grid: Grid) -> Tensor:
 
 def relative_position_table(grid: Grid, num_heads: int) -> nn.Parameter:
     """(relative positions + 3, heads), zeros."""
-    height, width = grid.shape
+    height, width = _plane(grid)
     return nn.Parameter(torch.zeros((2 * height - 1) * (2 * width - 1) + 3, num_heads))
 
 
@@ -70,3 +77,9 @@ class RelativePositionBias(nn.Module):
 def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
     """table (rows, heads), index (T, T) -> biases (1, heads, T, T)."""
     return table.t()[:, index.flatten()].unflatten(1, index.shape)[None]
+
+
+def _plane(grid: Grid) -> tuple[int, int]:
+    if len(grid.shape) != 2:
+        raise ValueError(f"biases of relative positions are for images; the grid {grid} has {len(grid.shape)} axes")
+    return grid.shape

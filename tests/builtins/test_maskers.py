@@ -23,7 +23,7 @@ from mim_framework.nn.masking import mask_from_noise
 
 def specs(img_size: int = 64, stride: int = 16) -> Specs:
     side = img_size // stride
-    views = {"x": ViewSpec("x", (3, img_size, img_size))}
+    views = {"x": ViewSpec("x", size=(img_size, img_size))}
     return Specs(views=views, encoder=EncoderSpec(8, Grid((side, side)), stride, 1, 1))
 
 
@@ -194,3 +194,51 @@ def test_more_attempts_would_change_nothing():
 def test_blocks_that_cannot_be_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         block_masker(**options)
+
+
+# --- clips and several views -----------------------------------------------------------------------------------------
+
+CLIP = ViewSpec("x", axes=("time", "height", "width"), size=(4, 8, 8))
+OF_CLIPS = EncoderSpec(8, Grid((2, 4, 4)), (2, 2, 2), 1, 1)
+
+
+def clip_masker(cls, **options):
+    return cls(cls.Config(**options), Specs({"x": CLIP}, encoder=OF_CLIPS))
+
+
+@pytest.mark.parametrize("cls", [RandomMasker, BlockMasker])
+def test_a_tube_hides_a_cell_at_all_times(cls):
+    masker = clip_masker(cls, tube=True, mask_ratio=0.5)
+    mask = masker(step_at(list(range(3))), {}).masks["x"]
+    assert (mask.grid, masker.spec.num_hidden) == (Grid((1, 4, 4)), 8)
+    of_tokens = mask.at(Grid((2, 4, 4))).hidden.unflatten(1, (2, 16))
+    assert torch.equal(of_tokens[:, 0], of_tokens[:, 1])
+    assert of_tokens[:, 0].sum(1).tolist() == [8, 8, 8]
+
+
+def test_cells_of_a_clip_are_hidden_one_by_one_without_a_tube():
+    mask = clip_masker(RandomMasker, mask_ratio=0.5)(step_at(list(range(3))), {}).masks["x"]
+    assert (mask.grid, mask.num_hidden) == (Grid((2, 4, 4)), 16)
+    cells = clip_masker(RandomMasker, mask_patch_size=4)(step_at(list(range(1))), {}).masks["x"]
+    assert cells.grid == Grid((2, 2, 2))
+
+
+def test_what_does_not_fit_the_axes_is_refused():
+    with pytest.raises(
+        ValueError, match="masker 'block' draws rectangles, the grid is 2x4x4; of a clip give tube: true"
+    ):
+        clip_masker(BlockMasker)
+    flat = Specs({"x": ViewSpec("x", size=(8, 8))}, encoder=EncoderSpec(8, Grid((4, 4)), 2, 1, 1))
+    with pytest.raises(ValueError, match="tube needs a clip of .*; the grid of view 'x' is 4x4"):
+        RandomMasker(RandomMasker.Config(tube=True), flat)
+
+
+def test_several_views_are_masked_each_by_draws_of_its_own():
+    views = {name: ViewSpec(name, size=(8, 8)) for name in ("x", "depth")}
+    encoder = EncoderSpec(8, Grid((4, 4)), 2, 1, 1, views=("x", "depth"), grids={"depth": (Grid((2, 2)), (4, 4))})
+    masker = RandomMasker(RandomMasker.Config(mask_ratio=0.5, views=("x", "depth")), Specs(views, encoder=encoder))
+    assert (masker.spec.views, masker.spec.grid_of("depth")) == (("x", "depth"), Grid((2, 2)))
+    masks = masker(step_at(list(range(4))), {}).masks
+    assert [(mask.grid, mask.num_hidden) for mask in masks.values()] == [(Grid((4, 4)), 8), (Grid((2, 2)), 2)]
+    alone = RandomMasker(RandomMasker.Config(mask_ratio=0.5), Specs(views, encoder=encoder))
+    assert torch.equal(alone(step_at(list(range(4))), {}).masks["x"].hidden, masks["x"].hidden)

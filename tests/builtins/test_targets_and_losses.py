@@ -15,7 +15,7 @@ from mim_framework.contract.step import Step
 from mim_framework.nn.patches import normalize_patches, patchify
 
 GRID = Grid((2, 2))
-VIEWS = {"x": ViewSpec("x", (3, 8, 8))}
+VIEWS = {"x": ViewSpec("x", size=(8, 8))}
 
 
 def specs(**changes) -> Specs:

@@ -24,7 +24,7 @@ from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 
 CLIP_MEAN, CLIP_STD = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
-SPECS = Specs(views={"x": ViewSpec("x", (3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)})
+SPECS = Specs(views={"x": ViewSpec("x", size=(32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)})
 NOTHING = Mask.none(2, Grid((4, 4)))
 
 

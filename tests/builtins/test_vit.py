@@ -16,7 +16,7 @@ from mim_framework.contract.specs import TargetSpec
 from mim_framework.nn.positions import relative_position_index
 
 GRID = Grid((4, 4))
-VIEWS = Specs(views={"x": ViewSpec("x", (3, 16, 16))})
+VIEWS = Specs(views={"x": ViewSpec("x", size=(16, 16))})
 KINDS = [
     {"position": "learned"},
     {"position": "sincos", "qkv_bias": "none"},

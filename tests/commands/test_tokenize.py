@@ -139,9 +139,9 @@ def test_a_tokenizer_sees_images_as_in_its_own_training(tmp_path: Path, stage_on
 
 def test_renormalising_to_the_same_is_no_change_at_all():
     view = torch.randn(2, 3, 4, 4)
-    spec = ViewSpec("x", (3, 4, 4), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    spec = ViewSpec("x", size=(4, 4), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     assert Renormalize(spec, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))(view) is view
-    assert Renormalize(ViewSpec("x", (3, 4, 4)), (0, 0, 0), (1, 1, 1))(view) is view
+    assert Renormalize(ViewSpec("x", size=(4, 4)), (0, 0, 0), (1, 1, 1))(view) is view
     unit = Renormalize(spec, (0, 0, 0), (1, 1, 1))(view)
     assert torch.allclose(unit[:, 1], view[:, 1] * 0.3 + 0.4)
 

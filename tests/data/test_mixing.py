@@ -101,7 +101,7 @@ def test_a_step_draws_the_same_on_any_rank_and_others_draw_anew():
 def views_of(num_classes: int = 4, **options) -> ImageViews:
     views = ImageViews(ImageViews.Config(img_size=8, mean=(0, 0, 0), std=(1, 1, 1), **options))
     if views.mixes_labels:
-        views.label_spec(ViewSpec("label", (), "labels", num_classes=num_classes))
+        views.label_spec(ViewSpec.of_kind("labels", "label", num_classes=num_classes))
     return views
 
 
@@ -146,11 +146,11 @@ def test_a_builder_of_several_views_refuses_to_mix_one_of_them():
     class Two(ImageViews):
         def __init__(self, config):
             super().__init__(config)
-            self.specs = {**self.specs, "y": ViewSpec("y", (3, 8, 8))}
+            self.specs = {**self.specs, "y": ViewSpec("y", size=(8, 8))}
 
         def __call__(self, sample: Sample, rand):
             raise NotImplementedError
 
     views = Two(ImageViews.Config(mixup=0.8))
     with pytest.raises(ValueError, match="are for builders of one view 'x'; there is y beside it"):
-        views.label_spec(ViewSpec("label", (), "labels", num_classes=2))
+        views.label_spec(ViewSpec.of_kind("labels", "label", num_classes=2))

@@ -51,9 +51,9 @@ def test_a_feature_is_the_mean_of_all_tokens_or_the_class_token_or_every_token(r
     run.objective.eval()
     view = torch.full((1, 3, 8, 8), 0.5)
     encoder = run.objective.encoder
-    assert torch.equal(tokens_of(encoder, "mean", [None])(view)[0], torch.full((1, 48), 1.5))
-    assert torch.equal(tokens_of(encoder, "cls", [None])(view)[0], torch.full((1, 48), 101.5))
-    assert torch.equal(tokens_of(encoder, "tokens", [None])(view)[0], torch.full((1, 4, 48), 1.5))
+    assert torch.equal(tokens_of(encoder, "mean", [None])({"x": view})[0], torch.full((1, 48), 1.5))
+    assert torch.equal(tokens_of(encoder, "cls", [None])({"x": view})[0], torch.full((1, 48), 101.5))
+    assert torch.equal(tokens_of(encoder, "tokens", [None])({"x": view})[0], torch.full((1, 4, 48), 1.5))
 
 
 def test_tokens_that_an_encoder_hands_out_in_another_order_are_put_on_the_grid(run):
@@ -63,7 +63,7 @@ def test_tokens_that_an_encoder_hands_out_in_another_order_are_put_on_the_grid(r
         def forward(self, view, mask, ask):
             return Latent(torch.tensor([[[3.0], [2.0], [1.0], [0.0]]]), self.spec.grid, torch.tensor([[3, 2, 1, 0]]))
 
-    [x] = tokens_of(Backwards(Section(), Specs()), "tokens", [None])(torch.zeros(1, 3, 8, 8))
+    [x] = tokens_of(Backwards(Section(), Specs()), "tokens", [None])({"x": torch.zeros(1, 3, 8, 8)})
     assert x.flatten().tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
@@ -76,7 +76,7 @@ def test_features_come_with_the_labels_of_their_images_in_order(run):
 
 
 def test_layers_stand_side_by_side_and_the_last_one_is_the_end_of_the_encoder(run):
-    views = {"x": ViewSpec("x", (3, 8, 8))}
+    views = {"x": ViewSpec("x", size=(8, 8))}
     config = MaskTokenViT.Config(patch_size=4, embed_dim=16, depth=3, num_heads=2)
     run.objective.encoder = MaskTokenViT(config, Specs(views=views))
     subject = subject_of(run)
@@ -103,9 +103,9 @@ def test_layers_that_the_encoder_does_not_have_are_a_clear_error(run, options, t
 
 def test_raw_pixels_are_those_of_the_image_averaged_down_if_they_are_many(run):
     small = torch.rand(2, 3, 8, 8)
-    assert torch.equal(raw_pixels(run.views)(small)[0], small.flatten(1))
+    assert torch.equal(raw_pixels(run.views)({"x": small})[0], small.flatten(1))
     large = torch.tensor([0.0, 1.0]).repeat(32).expand(1, 3, 64, 64)
-    assert torch.equal(raw_pixels(run.views)(large)[0], torch.full((1, 3 * 32 * 32), 0.5))
+    assert torch.equal(raw_pixels(run.views)({"x": large})[0], torch.full((1, 3 * 32 * 32), 0.5))
 
 
 def test_pixels_stand_in_for_the_features_of_an_encoder(run, passes):

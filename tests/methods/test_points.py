@@ -62,7 +62,7 @@ class PointGroups(ViewBuilder):
 
     def __init__(self, config):
         super().__init__(config)
-        self.specs = {"x": ViewSpec("x", (config.num_groups, 1 + config.group_size, 3), "points")}
+        self.specs = {"x": ViewSpec.of_kind("points", "x", config.num_groups, 1 + config.group_size, 3)}
 
     def __call__(self, sample, rand):
         angle = 2 * torch.pi * rand[0]

@@ -218,7 +218,7 @@ class FineTuning(nn.Module):
 
 def small_encoder(cls: type[Encoder], **options: Any) -> Encoder:
     """On images of 32 pixels in patches of 4."""
-    return cls(cls.Config(patch_size=4, **options), Specs(views={"x": ViewSpec("x", (3, 32, 32))}))
+    return cls(cls.Config(patch_size=4, **options), Specs(views={"x": ViewSpec("x", size=(32, 32))}))
 
 
 def fine_tuning_rules(encoder: Encoder, official: Mapping[str, Any], **optim: Any) -> dict[str, tuple[float, float]]:

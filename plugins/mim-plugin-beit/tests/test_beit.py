@@ -40,7 +40,7 @@ def numbers(seed: int = 0) -> torch.Tensor:
 def encoder(**options: Any) -> BEiTEncoder:
     small = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     config = BEiTEncoder.Config(**{**small, **options})
-    return BEiTEncoder(config, Specs(views={"x": ViewSpec("x", (3, 32, 32))}))
+    return BEiTEncoder(config, Specs(views={"x": ViewSpec("x", size=(32, 32))}))
 
 
 # --- views -----------------------------------------------------------------------------------------------------------

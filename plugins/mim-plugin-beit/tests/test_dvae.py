@@ -36,7 +36,7 @@ from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 
 GRID = Grid((2, 2))
-UNIT = ViewSpec("x", (3, 16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
+UNIT = ViewSpec("x", size=(16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
 SMALL = {"hidden_dim": 4, "blocks_per_group": 1}
 TWO_SAMPLES = Step(index=0, total=10, epoch=0.0, epochs=1.0, positions=torch.tensor([5, 9]), seed=0, world=World())
 
@@ -173,7 +173,7 @@ def test_a_decoder_that_was_not_told_of_the_batch_says_so():
 
 def test_an_image_of_other_than_whole_tokens_is_refused():
     with pytest.raises(ValueError, match="image size 16x20 is not a multiple of 8"):
-        encoder(replace(UNIT, shape=(3, 16, 20)))
+        encoder(replace(UNIT, size=(16, 20)))
 
 
 def test_an_unknown_normalisation_is_refused():

@@ -69,7 +69,7 @@ def weights_of(run_dir: Path) -> dict[str, Tensor]:
 
 def encoder_of(view: ViewSpec | None = None, **options: Any) -> VQKDEncoder:
     torch.manual_seed(0)
-    view = view or ViewSpec("x", (3, 16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
+    view = view or ViewSpec("x", size=(16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
     config = VQKDEncoder.Config(**{**{k: v for k, v in ENCODER.items() if k != "type"}, **options})
     return VQKDEncoder(config, Specs(views={"x": view}))
 
@@ -122,8 +122,8 @@ def test_commitment_is_the_squared_distance_from_the_codes_and_pulls_at_the_vect
 
 def test_the_view_may_come_in_any_normalisation(images: Tensor):
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.1, 0.2, 0.3])
-    view = ViewSpec("x", (3, 16, 16), mean=tuple(mean.tolist()), std=tuple(std.tolist()))
-    plain, other, unknown = encoder_of(), encoder_of(view), encoder_of(ViewSpec("x", (3, 16, 16)))
+    view = ViewSpec("x", size=(16, 16), mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    plain, other, unknown = encoder_of(), encoder_of(view), encoder_of(ViewSpec("x", size=(16, 16)))
     normalised = (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     wanted = plain(images, Mask.none(3, GRID), EVERYTHING).aux["features"]
     assert torch.allclose(other(normalised, Mask.none(3, GRID), EVERYTHING).aux["features"], wanted, atol=1e-5)

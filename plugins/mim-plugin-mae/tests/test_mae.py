@@ -20,7 +20,7 @@ from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 
 GRID = Grid((4, 4))
-VIEWS = Specs(views={"x": ViewSpec("x", (3, 16, 16))})
+VIEWS = Specs(views={"x": ViewSpec("x", size=(16, 16))})
 
 
 def make_encoder(**options) -> MAEEncoder:
@@ -109,7 +109,7 @@ def test_asked_layers_attention_and_projections_belong_together(images: Tensor, 
 
 def test_the_spec_says_what_the_encoder_can_do():
     spec = make_encoder(depth=3).spec
-    assert (spec.dim, spec.grid, spec.stride, spec.depth, spec.num_prefix_tokens) == (32, GRID, 4, 3, 1)
+    assert (spec.dim, spec.grid, spec.stride, spec.depth, spec.num_prefix_tokens) == (32, GRID, (4, 4), 3, 1)
     assert spec.visible_only
     assert spec.accepts == {"equal", "none"}
     assert spec.lacks(Ask(layers=frozenset({2}), attn=frozenset({0}), qkv=frozenset({1}))) == ""
@@ -145,7 +145,7 @@ def test_position_tables_are_saved_and_never_trained():
 )
 def test_parameter_counts_are_the_published_ones(model: dict, in_total: int, in_encoder: int):
     with torch.device("meta"):
-        specs = Specs(views={"x": ViewSpec("x", (3, 224, 224))})
+        specs = Specs(views={"x": ViewSpec("x", size=(224, 224))})
         encoder = MAEEncoder(MAEEncoder.Config(**model), specs)
         grid = encoder.spec.grid
         specs = specs.also(encoder=encoder.spec, masker=MaskerSpec(grid, equal=True, num_hidden=1))

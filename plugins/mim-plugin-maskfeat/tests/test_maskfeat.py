@@ -30,7 +30,7 @@ from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 
 GRID = Grid((2, 2))
-VIEWS = Specs(views={"x": ViewSpec("x", (3, 16, 16))})
+VIEWS = Specs(views={"x": ViewSpec("x", size=(16, 16))})
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
 
@@ -46,7 +46,7 @@ def normalised(images: Tensor) -> Tensor:
 def make_target(stride: int = 8, img_size: int = 16, in_chans: int = 3, **options) -> HOGTarget:
     grid = Grid((img_size // stride,) * 2)
     encoder = EncoderSpec(dim=8, grid=grid, stride=stride, depth=1, num_heads=1, in_chans=in_chans)
-    specs = Specs(views={"x": ViewSpec("x", (in_chans, img_size, img_size))}, encoder=encoder)
+    specs = Specs(views={"x": ViewSpec("x", size=(img_size, img_size), in_chans=in_chans)}, encoder=encoder)
     return HOGTarget(HOGTarget.Config(**options), specs)
 
 
@@ -59,7 +59,7 @@ def make_vit(**options) -> MaskFeatViT:
 def make_mvit(img_size: int = 32, **options) -> MaskFeatMViT:
     torch.manual_seed(0)
     options = {"embed_dim": 8, "depths": (1, 1, 1, 2), "num_heads": 1} | options
-    return MaskFeatMViT(MaskFeatMViT.Config(**options), Specs(views={"x": ViewSpec("x", (3, img_size, img_size))}))
+    return MaskFeatMViT(MaskFeatMViT.Config(**options), Specs(views={"x": ViewSpec("x", size=(img_size, img_size))}))
 
 
 def step() -> Step:
@@ -323,7 +323,7 @@ def test_unmasked_our_mvit_is_timms():
     ours.model.load_state_dict(timms.state_dict())
     images = noise(1, 3, 64, 64)
     latent = ours(images, Mask.none(1, ours.spec.grid))
-    assert (ours.spec.grid, ours.spec.stride, ours.spec.depth, ours.spec.dim) == (Grid((2, 2)), 32, 10, 768)
+    assert (ours.spec.grid, ours.spec.stride, ours.spec.depth, ours.spec.dim) == (Grid((2, 2)), (32, 32), 10, 768)
     assert torch.allclose(latent.tokens, timms.forward_features(images), atol=1e-5)
 
 
@@ -404,7 +404,7 @@ def test_an_mvit_that_does_not_fit_is_refused(options: dict, message: str):
 def state_of(encoder: MaskFeatViT | MaskFeatMViT, norm: bool = True) -> dict[str, Tensor]:
     """An objective's state; the head's norm is told from an untouched one."""
     masker = MaskerSpec(encoder.spec.grid, equal=True, num_hidden=1)
-    target = HOGTarget(HOGTarget.Config(), VIEWS.also(views={"x": ViewSpec("x", (3, 32, 32))}, encoder=encoder.spec))
+    target = HOGTarget(HOGTarget.Config(), VIEWS.also(views={"x": ViewSpec("x", size=(32, 32))}, encoder=encoder.spec))
     specs = VIEWS.also(encoder=encoder.spec, masker=masker, target=replace(target.spec, grid=encoder.spec.grid))
     decoder = LinearDecoder(LinearDecoder.Config(norm=norm), specs)
     if norm:

@@ -39,7 +39,7 @@ from mim_framework.testing import run_ranks
 
 GRID = Grid((4, 4))
 """32 pixels in patches of 4, merged once: cells of 8 pixels."""
-VIEWS = Specs(views={"x": ViewSpec("x", (3, 32, 32))})
+VIEWS = Specs(views={"x": ViewSpec("x", size=(32, 32))})
 TINY = {"patch_size": 4, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 4), "window_size": (4, 4)}
 
 
@@ -357,7 +357,7 @@ def test_asked_layers_are_those_before_the_merging_and_the_final_norm():
 
 def test_the_spec_says_what_the_encoder_can_do():
     spec = make_encoder().spec
-    assert (spec.dim, spec.grid, spec.stride, spec.depth, spec.num_prefix_tokens) == (32, GRID, 8, 3, 0)
+    assert (spec.dim, spec.grid, spec.stride, spec.depth, spec.num_prefix_tokens) == (32, GRID, (8, 8), 3, 0)
     assert spec.layers == {0: (16, Grid((8, 8))), 1: (32, GRID), 2: (32, GRID)}
     assert spec.accepts == {"mixed", "none"}
     assert not spec.visible_only
@@ -396,7 +396,7 @@ def test_position_tables_are_saved_and_never_trained():
 )
 def test_parameter_counts_are_the_published_ones(embed_dim: int, num_heads: tuple, in_total: int, in_encoder: int):
     with torch.device("meta"):
-        specs = Specs(views={"x": ViewSpec("x", (3, 224, 224))})
+        specs = Specs(views={"x": ViewSpec("x", size=(224, 224))})
         encoder = MixEncoder(MixEncoder.Config(embed_dim=embed_dim, num_heads=num_heads), specs)
         assert encoder.spec.grid == Grid((7, 7))
         target = TargetSpec("dense", 3072, encoder.spec.grid)

@@ -28,7 +28,7 @@ from mim_framework.runtime.optim import parameter_groups
 
 IMAGE = 64
 CELLS = Grid((2, 2))
-SPECS = Specs(views={"x": ViewSpec("x", (3, IMAGE, IMAGE))})
+SPECS = Specs(views={"x": ViewSpec("x", size=(IMAGE, IMAGE))})
 SWIN = {"embed_dim": 8, "depths": (2, 2, 2), "num_heads": (1, 2, 2), "window_size": 4}
 VIT = {"patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
 KINDS: list[tuple[type[Encoder], dict[str, Any]]] = [(SwinEncoder, SWIN), (SwinV2Encoder, SWIN), (SimMIMViT, VIT)]
@@ -116,7 +116,7 @@ def test_the_stages_of_swin_by_hand():
     spec = make(SwinEncoder).spec
     stages = [(8, Grid((16, 16))), (16, Grid((8, 8))), (32, Grid((4, 4)))]
     assert list(spec.layers.values()) == [stage for stage in stages for _ in range(2)]
-    assert (spec.dim, spec.grid, spec.stride, spec.depth, spec.num_prefix_tokens) == (32, Grid((4, 4)), 16, 6, 0)
+    assert (spec.dim, spec.grid, spec.stride, spec.depth, spec.num_prefix_tokens) == (32, Grid((4, 4)), (16, 16), 6, 0)
 
 
 def test_windows_shift_in_every_second_block_and_never_where_one_window_is_the_whole_grid():
@@ -194,7 +194,7 @@ def test_sizes_that_do_not_fit_are_refused(cls: type[Encoder], options: dict[str
 
 
 def test_images_need_not_be_square(images: Tensor):
-    wide = Specs(views={"x": ViewSpec("x", (3, 32, 64))})
+    wide = Specs(views={"x": ViewSpec("x", size=(32, 64))})
     for cls in (SwinEncoder, SwinV2Encoder):
         encoder = make(cls, wide)
         assert encoder.spec.grid == Grid((2, 4))
@@ -250,9 +250,9 @@ def test_initial_weights_of_the_vit():
 )
 def test_parameter_counts_are_the_official_ones(cls: Any, size: int, options: dict[str, Any], wanted: int):
     with torch.device("meta"):
-        encoder = cls(cls.Config(**options), Specs(views={"x": ViewSpec("x", (3, size, size))}))
+        encoder = cls(cls.Config(**options), Specs(views={"x": ViewSpec("x", size=(size, size))}))
     assert sum(parameter.numel() for parameter in encoder.parameters()) == wanted
-    stride = encoder.spec.stride
+    stride = encoder.spec.stride[0]
     total = wanted + (encoder.spec.dim + 1) * 3 * stride**2
     assert total in (89_874_104, 199_881_204, 86_256_720)
 
@@ -374,8 +374,8 @@ def test_the_encoder_section_for_swinv2_in_the_readme_builds():
     assert section["encoder"]["type"] == "simmim_swinv2"
     config = SwinV2Encoder.Config.model_validate({k: v for k, v in section["encoder"].items() if k != "type"})
     with torch.device("meta"):
-        spec = SwinV2Encoder(config, Specs(views={"x": ViewSpec("x", (3, 192, 192))})).spec
-    assert (spec.dim, spec.grid, spec.stride) == (1024, Grid((6, 6)), 32)
+        spec = SwinV2Encoder(config, Specs(views={"x": ViewSpec("x", size=(192, 192))})).spec
+    assert (spec.dim, spec.grid, spec.stride) == (1024, Grid((6, 6)), (32, 32))
     small = {**section["encoder"], **SWIN}
     objective = build_model(recipe_with(small), Registry()).objective
     step = make_step(recipe_with(small), torch.arange(2))

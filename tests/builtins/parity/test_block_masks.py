@@ -31,7 +31,7 @@ def masks(request: pytest.FixtureRequest) -> tuple[dict[str, Any], torch.Tensor]
     official = OFFICIAL[request.param]
     setting = official["setting"]
     grid = Grid(tuple(setting["grid"]))
-    specs = Specs(views={"x": ViewSpec("x", (3, 224, 224))}, encoder=EncoderSpec(8, grid, 16, 1, 1))
+    specs = Specs(views={"x": ViewSpec("x", size=(224, 224))}, encoder=EncoderSpec(8, grid, 16, 1, 1))
     options = {"num_hidden": setting["num_masking_patches"], "min_num_patches": setting["min_num_patches"]}
     masker = BlockMasker(BlockMasker.Config(rule=RULES[request.param], **options), specs)
     step = Step(0, 1, 0.0, 1.0, torch.arange(DRAWS), seed=3, world=None)

@@ -11,7 +11,7 @@ def specs(rows: int, columns: int, patch_size: int) -> Specs:
     """What an encoder with such a grid publishes."""
     grid = Grid((rows, columns))
     encoder = EncoderSpec(dim=8, grid=grid, stride=patch_size, depth=1, num_heads=1)
-    return Specs(views={"x": ViewSpec("x", (3, rows * patch_size, columns * patch_size))}, encoder=encoder)
+    return Specs(views={"x": ViewSpec("x", size=(rows * patch_size, columns * patch_size))}, encoder=encoder)
 
 
 def gradients(images: torch.Tensor) -> torch.Tensor:

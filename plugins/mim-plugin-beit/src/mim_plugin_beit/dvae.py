@@ -12,6 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 import torch
@@ -181,7 +182,7 @@ class DalleEncoder(Encoder):
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
         view, c = specs.view("x"), self.config
-        height, width = view.img_size
+        height, width = view.height_width
         if height % STRIDE or width % STRIDE:
             raise ValueError(f"image size {height}x{width} is not a multiple of {STRIDE}, the pixels of a token")
         self.to_unit, _ = unit_range(view)
@@ -338,7 +339,7 @@ class DVAEPixels(Target):
         view = specs.view("x")
         self.to_unit, self.from_unit = unit_range(view)
         self.patch_size = specs.encoder.stride
-        self.spec = TargetSpec("map", self.patch_size**2 * view.in_chans, specs.encoder.grid)
+        self.spec = TargetSpec("map", prod(self.patch_size) * view.in_chans, specs.encoder.grid)
 
     def forward(self, step: Step, masked: Masked) -> Pred:
         """Values (B, N, P*P*C), those of a patch (row, column, channel)."""

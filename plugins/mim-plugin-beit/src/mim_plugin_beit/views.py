@@ -54,7 +54,7 @@ class BEiTViews(ImageViews):
         super().__init__(config)
         c = self.config
         unit: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-        self.specs = {**self.specs, SECOND: ViewSpec(SECOND, (3, c.second_size, c.second_size), **unit)}
+        self.specs = {**self.specs, SECOND: ViewSpec(SECOND, size=(c.second_size, c.second_size), **unit)}
         self.same_pixels = (c.second_size, c.second_interpolation) == (c.img_size, c.interpolation)
 
     def __call__(self, sample: Sample, rand: Tensor) -> dict[str, Tensor]:

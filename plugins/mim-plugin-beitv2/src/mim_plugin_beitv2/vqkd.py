@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import torch
 from pydantic import Field
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
@@ -36,6 +35,7 @@ from mim_framework import (
 from mim_framework.nn import (
     NORM_EPS,
     Block,
+    PatchEmbed,
     Renormalize,
     check_heads,
     gather_tokens,
@@ -131,7 +131,7 @@ class VQKDEncoder(Encoder):
         if view.mean is None or view.std is None:  # a view that is not normalised is in [0, 1]
             view = replace(view, mean=zeros, std=ones)
         self.to_signed = Renormalize(view, half, half)
-        patch_embed = PatchEmbed(view.img_size, c.patch_size, view.in_chans, c.embed_dim)
+        patch_embed = PatchEmbed(grid, c.patch_size, view.in_chans, c.embed_dim)
         self.vit = Transformer(patch_embed, grid, c.embed_dim, c.depth, c.num_heads, c.mlp_ratio)
         self.task_layer = task_layer(c.embed_dim, c.code_dim)
         self.codebook = EMACodebook(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -12,12 +11,14 @@ from mim_framework import Ask, Encoder, EncoderSpec, Latent, Mask, Section, Spec
 from mim_framework.nn import (
     NORM_EPS,
     Block,
+    PatchEmbed,
     check_heads,
     drop_path_ramp,
     gather_tokens,
     patch_grid,
     patchify,
     run_blocks,
+    sides,
     sincos_position_table,
     xavier_if_linear,
 )
@@ -42,7 +43,7 @@ class MAEEncoder(Encoder):
         grid = patch_grid(view.img_size, options.patch_size)
         check_heads(options.embed_dim, options.num_heads)
 
-        self.patch_embed = PatchEmbed(view.img_size, options.patch_size, view.in_chans, options.embed_dim)
+        self.patch_embed = PatchEmbed(grid, options.patch_size, view.in_chans, options.embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, options.embed_dim))
         self.register_buffer("pos_embed", sincos_position_table(options.embed_dim, grid, num_prefix_tokens=1)[None])
         self.blocks = nn.ModuleList(
@@ -58,7 +59,7 @@ class MAEEncoder(Encoder):
         self.spec = EncoderSpec(
             dim=options.embed_dim,
             grid=grid,
-            stride=options.patch_size,
+            stride=sides(options.patch_size, len(grid.shape)),
             depth=options.depth,
             num_heads=options.num_heads,
             num_prefix_tokens=1,
@@ -73,10 +74,10 @@ class MAEEncoder(Encoder):
         return self.blocks
 
     def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent:
-        """view (B, C, H, W) -> tokens (B, K, D) in the order of `mask.ids_keep`."""
+        """view (B, C, *size) -> tokens (B, K, D), rows as those of the mask, in the order of `mask.ids_keep`."""
         mask = mask.at(self.spec.grid)
         ids = None if mask.num_hidden == 0 else mask.ids_keep
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(view), -1, -1)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(mask.hidden), -1, -1)
         x = torch.cat([cls_token, self.embed(view, ids)], dim=1)
         x, answers = run_blocks(self.blocks, x, ask)
         x = self.final_norm(x)
@@ -86,10 +87,10 @@ class MAEEncoder(Encoder):
         return self.norm(x)
 
     def embed(self, view: Tensor, ids: Tensor | None) -> Tensor:
-        """view (B, C, H, W) -> patch embeddings with positions (B, K, D), computed only where `ids` (B, K) says."""
+        """view (B, C, *size) -> patch embeddings with positions (B, K, D), computed only where `ids` (B, K) says."""
         patches, positions = patchify(view, self.spec.stride), self.pos_embed[:, 1:]
         if ids is not None:
             patches, positions = gather_tokens(patches, ids), positions[0, ids]
         projection = self.patch_embed.proj
-        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, C, P, P) -> (D, P*P*C), the order of `patchify`
+        weight = projection.weight.movedim(1, -1).flatten(1)  # (D, C, P, P) -> (D, P*P*C), the order of `patchify`
         return linear(patches, weight, projection.bias) + positions

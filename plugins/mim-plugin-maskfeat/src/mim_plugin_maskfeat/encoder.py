@@ -76,7 +76,7 @@ class MaskFeatMViT(Encoder):
         c, view = self.config, specs.view("x")
         strides = ((1, 1), (2, 2), (2, 2), (2, 2) if c.last_pooling else (1, 1))
         stride = PATCH_STRIDE * (8 if c.last_pooling else 4)
-        height, width = view.img_size
+        height, width = view.height_width
         if height != width or height % stride:
             raise ValueError(f"MViTv2 needs square images of a multiple of {stride} pixels, got {height}x{width}")
         check_heads(c.embed_dim, c.num_heads)

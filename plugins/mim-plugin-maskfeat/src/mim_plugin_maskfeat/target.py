@@ -42,14 +42,14 @@ class HOGTarget(Target):
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
         c, view = self.config, specs.view("x")
-        patch_size = c.patch_size or specs.encoder.stride
+        patch_size = c.patch_size or specs.encoder.stride[0]
         self.cell_size = c.cell_size or largest_divisor(patch_size, USUAL_CELL_SIZE)
         if patch_size % self.cell_size:
             better = largest_divisor(patch_size, self.cell_size)
             raise ValueError(
                 f"cell_size {self.cell_size} does not divide the patch of {patch_size} pixels; {better} does"
             )
-        require_whole(view.img_size, "patch_size", patch_size)
+        require_whole(view.height_width, "patch_size", patch_size)
         require_whole(view.img_size, "gaussian_window", c.gaussian_window)
         self.cells_per_side = patch_size // self.cell_size
         grid = Grid(tuple(size // patch_size for size in view.img_size))

@@ -50,7 +50,7 @@ class MixEncoder(Encoder):
             if len(values) != num_stages:
                 raise ValueError(f"depths {list(c.depths)} and {name} {list(values)} need as many stages")
         stride = c.patch_size * 2 ** (num_stages - 1)
-        height, width = view.img_size
+        height, width = view.height_width
         if height % stride or width % stride:
             raise ValueError(f"image size {height}x{width} is not a multiple of {stride}, the stride of the last stage")
 
@@ -138,7 +138,7 @@ def load_encoder(path: Path, drop_path_rate: float = 0.0) -> MixEncoder:
     state = load_file(path)
     side, chans = img_size_of(state), state["patch_embed.proj.weight"].shape[1]
     config = MixEncoder.Config(**encoder_options(state), drop_path_rate=drop_path_rate)
-    encoder = MixEncoder(config, Specs(views={"x": ViewSpec("x", (chans, side, side))}))
+    encoder = MixEncoder(config, Specs(views={"x": ViewSpec("x", size=(side, side), in_chans=chans)}))
     missing, unexpected = encoder.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise ValueError(f"{path} holds no MixMIM encoder: missing {missing}, unexpected {unexpected}")

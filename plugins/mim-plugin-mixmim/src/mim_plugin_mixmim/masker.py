@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mim_framework import Mask, Masked, Masker, MaskerSpec, RecipeError, Section, Specs, Step, Views
-from mim_framework.nn import cell_grid, hide_smallest
+from mim_framework.nn import cell_grid, hide_smallest, shown
 
 
 class MixMasker(Masker):
@@ -38,7 +38,7 @@ class MixMasker(Masker):
         self.num_hidden = int(grid.num_patches * self.config.mask_ratio)
         if not self.num_hidden:
             ratio, count = self.config.mask_ratio, grid.num_patches
-            raise ValueError(f"mask_ratio {ratio} hides none of the {count} cells of {self.cell} pixels")
+            raise ValueError(f"mask_ratio {ratio} hides none of the {count} cells of {shown(self.cell)} pixels")
         self.spec = MaskerSpec(
             grid,
             equal=True,
@@ -66,7 +66,7 @@ class MixMasker(Masker):
             num_hidden=self.num_hidden,
             partner=partner,
         )
-        pixels = hidden.unflatten(1, grid.shape).repeat_interleave(self.cell, 1).repeat_interleave(self.cell, 2)
+        pixels = hidden.unflatten(1, grid.shape).repeat_interleave(self.cell[0], 1).repeat_interleave(self.cell[1], 2)
         mixed = torch.where(pixels[:, None], images[partner], images)
         return Masked({"x": mask}, views | {"x": mixed}, originals={"x": images})
 

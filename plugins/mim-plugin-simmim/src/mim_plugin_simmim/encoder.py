@@ -56,7 +56,7 @@ class SwinEncoder(Encoder):
         if len(c.num_heads) != num_stages:
             raise ValueError(f"depths {list(c.depths)} and num_heads {list(c.num_heads)} need as many stages")
         stride = c.patch_size * 2 ** (num_stages - 1)
-        height, width = view.img_size
+        height, width = view.height_width
         if height % stride or width % stride:
             raise ValueError(f"image size {height}x{width} is not a multiple of {stride}, the stride of the last stage")
         self.input_grid = Grid((height // c.patch_size, width // c.patch_size))

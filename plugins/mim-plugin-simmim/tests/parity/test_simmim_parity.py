@@ -102,7 +102,7 @@ def everywhere(case: Case) -> Tensor:
     latent = objective.encoder(case.images, case.mask)
     weight, bias = (head_to_official(getattr(decoder.head, part)) for part in ("weight", "bias"))
     cells = latent.tokens.transpose(1, 2).unflatten(2, latent.grid.shape)
-    return pixel_shuffle(nn.functional.conv2d(cells, weight, bias), objective.encoder.spec.stride)
+    return pixel_shuffle(nn.functional.conv2d(cells, weight, bias), objective.encoder.spec.stride[0])
 
 
 def test_latents_and_predictions_are_those_of_the_official_code(case: Case):

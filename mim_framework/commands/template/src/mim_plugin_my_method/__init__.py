@@ -43,7 +43,7 @@ class EdgeTarget(Target):
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
         self.patch_size = specs.encoder.stride
-        self.spec = TargetSpec("dense", 2 * self.patch_size**2, specs.encoder.grid)
+        self.spec = TargetSpec("dense", 2 * self.patch_size[0] * self.patch_size[1], specs.encoder.grid)
 
     def forward(self, step: Step, masked: Masked) -> torch.Tensor:
         brightness = masked.clean("x").mean(1, keepdim=True)

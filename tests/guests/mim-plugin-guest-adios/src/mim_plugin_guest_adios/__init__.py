@@ -139,7 +139,7 @@ class AdversarialMasker(Masker):
     def __init__(self, config: Section, specs: Specs) -> None:
         super().__init__(config, specs)
         view, c = specs.view(SECOND), self.config
-        height, width = view.img_size
+        height, width = view.height_width
         num_blocks = c.num_blocks or min(max(int(log2(min(height, width)) - 1), 3), 6)
         if height % 2 ** (num_blocks - 1) or width % 2 ** (num_blocks - 1):
             raise ValueError(

@@ -94,7 +94,8 @@ class MultiCropViews(ImageViews):
             **{f"local{i}": Crop(c.local_size, c.local_scale, local, 0.0) for i in range(1, 1 + c.num_local)},
         }
         self.specs = {
-            name: ViewSpec(name, (3, crop.size, crop.size), mean=c.mean, std=c.std) for name, crop in self.crops.items()
+            name: ViewSpec(name, size=(crop.size, crop.size), mean=c.mean, std=c.std)
+            for name, crop in self.crops.items()
         }
         self.num_random = len(self.crops) * (NUM_CROP_RANDOM + 1 + NUM_AUGMENT_RANDOM)
 

@@ -118,7 +118,7 @@ class PointGroups(ViewBuilder):
         for key in ("num_groups", "group_size"):
             if getattr(c, key) > c.num_points:
                 raise ValueError(f"{key} {getattr(c, key)} is more than num_points {c.num_points}")
-        self.specs = {"x": ViewSpec("x", (c.num_groups, 1 + c.group_size, 3), kind="points")}
+        self.specs = {"x": ViewSpec.of_kind("points", "x", c.num_groups, 1 + c.group_size, 3)}
 
     def __call__(self, sample: Sample, rand: Tensor) -> dict[str, Tensor]:
         """Points (num_points, 3), another choice in every epoch, as officially of 8192 stored ones."""
