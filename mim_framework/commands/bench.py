@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -44,12 +45,62 @@ class Stopwatch:
         return statistics.median(self.seconds[name][warmup:]) if self.seconds[name] else 0.0
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One training step on one rank, as it was measured; the text is `mim bench`'s table."""
+
+    recipe: str
+    batch_size: int
+    """Images in the micro-batch."""
+    device: str
+    precision: str
+    data: Data
+    stages: dict[str, float]
+    """Median seconds of a step by stage: data, forward, backward and optimizer, over all phases."""
+    first: float
+    """Seconds of the very first step, with compilation where the recipe asks for it."""
+    fastest: float
+    """Seconds of the fastest step that was timed."""
+    slowest: float
+    flops_per_image: float
+    peak_flops: float
+    """Operations a second of the device's best large matrix product in this precision, measured."""
+    peak_memory: int | None
+    """Bytes; None where it is not known."""
+
+    @property
+    def seconds(self) -> float:
+        """Of one step."""
+        return sum(self.stages.values())
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch_size / self.seconds
+
+    @property
+    def share_of_peak(self) -> float:
+        """Operations a second beside those of the measured peak."""
+        return self.images_per_second * self.flops_per_image / self.peak_flops
+
+    def __str__(self) -> str:
+        rate, flops, peak, memory = self.images_per_second, self.flops_per_image, self.peak_flops, self.peak_memory
+        split = ", ".join(
+            f"{name} {1000 * seconds:.1f} ms ({seconds / self.seconds:.0%})" for name, seconds in self.stages.items()
+        )
+        where = f"micro-batch {self.batch_size}, {self.device}, {self.precision}, data {self.data}"
+        return "\n".join(
+            [
+                f"{self.recipe}: {rate:,.1f} images/s, {where}",
+                f"one step    {1000 * self.seconds:.1f} ms: {split}",
+                f"FLOPs       {flops / 1e9:.2f} G an image, {rate * flops / 1e12:.3f} T a second",
+                f"matmul peak {peak / 1e12:.3f} T a second measured, of which {self.share_of_peak:.0%} used",
+                f"peak memory {'not known here' if memory is None else f'{memory / 2**30:.2f} GiB'}",
+            ]
+        )
+
+
 def run_bench(recipe: Recipe, registry: Registry, *, data: Data = "synthetic", steps: int = 10, warmup: int = 3) -> str:
     """Time training steps on one rank with the recipe's micro-batch, and return the table as text.
-
-    A step is that of `Trainer.train_step`: the same `StepEngine.forward`, backward, then every optimizer's `schedule`,
-    `clip` and `step`, once per phase. Left out are accumulation, the reduction over ranks, logging and the movement of
-    teachers.
 
     Args:
         data: `synthetic` repeats one made-up batch, `real` reads the recipe's source, `loader-only` only reads.
@@ -58,21 +109,28 @@ def run_bench(recipe: Recipe, registry: Registry, *, data: Data = "synthetic", s
     Raises:
         MimError: for everything in the recipe that would stop a run.
     """
+    if data == "loader-only":
+        return _time_loader(recipe, registry, steps, warmup)
+    return str(measure_step(recipe, registry, data=data, steps=steps, warmup=warmup))
+
+
+def measure_step(
+    recipe: Recipe, registry: Registry, *, data: Data = "synthetic", steps: int = 10, warmup: int = 3
+) -> Measured:
+    """Time training steps on one rank with the recipe's micro-batch; arguments and errors are those of `run_bench`.
+
+    A step is that of `Trainer.train_step`: the same `StepEngine.forward`, backward, then every optimizer's `schedule`,
+    `clip` and `step`, once per phase. Left out are accumulation, the reduction over ranks, logging and the movement of
+    teachers.
+    """
     device = choose_device(recipe.train.device)
     layout = batch_layout(recipe, 0, 1)
-    watch = Stopwatch(device)
+    watch, whole = Stopwatch(device), []
     model = build_model(recipe, registry, with_weights=False).to(device)
     if data == "synthetic":
         batches = _synthetic(model.example(layout.batch_size), device)
     else:
         batches = _read(recipe, registry, model, layout, device, warmup + steps)
-    if data == "loader-only":
-        for _ in range(warmup + steps):
-            with watch.stage("data"):
-                next(batches)
-        rate = layout.batch_size / watch.median("data", warmup)
-        return f"loader only  {rate:,.1f} images/s, micro-batch {layout.batch_size}"
-
     bfloat16 = uses_bfloat16(recipe.train.precision, device)
     preflight(model, device, bfloat16=bfloat16)
     engine = model.engine(device, bfloat16=bfloat16)
@@ -82,6 +140,7 @@ def run_bench(recipe: Recipe, registry: Registry, *, data: Data = "synthetic", s
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for index in range(warmup + steps):
+        start = time.perf_counter()
         with watch.stage("data"):
             batch = next(batches)
         for phase in recipe.named_phases():
@@ -98,28 +157,41 @@ def run_bench(recipe: Recipe, registry: Registry, *, data: Data = "synthetic", s
                     optimizer.step()
                 engine.after_step(step)
                 model.objective.zero_grad(set_to_none=True)
+        whole.append(time.perf_counter() - start)
 
     memory = peak_memory(device)
     precision = torch.bfloat16 if bfloat16 else torch.float32
-    cost, peak = measure_cost(recipe, registry), matmul_peak(device, precision)
     num_phases = len(recipe.named_phases())
-    medians = {"data": watch.median("data", warmup)}
+    stages = {"data": watch.median("data", warmup)}
     for name in ("forward", "backward", "optimizer"):
-        medians[name] = num_phases * watch.median(name, warmup * num_phases)
-    total = sum(medians.values())
-    rate = layout.batch_size / total
-    flops = num_phases * cost.train_flops
-    split = ", ".join(f"{name} {1000 * seconds:.1f} ms ({seconds / total:.0%})" for name, seconds in medians.items())
-    name = str(precision).removeprefix("torch.")
-    return "\n".join(
-        [
-            f"{recipe.name}: {rate:,.1f} images/s, micro-batch {layout.batch_size}, {device.type}, {name}, data {data}",
-            f"one step    {1000 * total:.1f} ms: {split}",
-            f"FLOPs       {flops / 1e9:.2f} G an image, {rate * flops / 1e12:.3f} T a second",
-            f"matmul peak {peak / 1e12:.3f} T a second measured, of which {rate * flops / peak:.0%} used",
-            f"peak memory {'not known here' if memory is None else f'{memory / 2**30:.2f} GiB'}",
-        ]
+        stages[name] = num_phases * watch.median(name, warmup * num_phases)
+    return Measured(
+        recipe=recipe.name,
+        batch_size=layout.batch_size,
+        device=device.type,
+        precision=str(precision).removeprefix("torch."),
+        data=data,
+        stages=stages,
+        first=whole[0],
+        fastest=min(whole[warmup:]),
+        slowest=max(whole[warmup:]),
+        flops_per_image=num_phases * measure_cost(recipe, registry).train_flops,
+        peak_flops=matmul_peak(device, precision),
+        peak_memory=memory,
     )
+
+
+def _time_loader(recipe: Recipe, registry: Registry, steps: int, warmup: int) -> str:
+    device = choose_device(recipe.train.device)
+    layout = batch_layout(recipe, 0, 1)
+    watch = Stopwatch(device)
+    model = build_model(recipe, registry, with_weights=False).to(device)
+    batches = _read(recipe, registry, model, layout, device, warmup + steps)
+    for _ in range(warmup + steps):
+        with watch.stage("data"):
+            next(batches)
+    rate = layout.batch_size / watch.median("data", warmup)
+    return f"loader only  {rate:,.1f} images/s, micro-batch {layout.batch_size}"
 
 
 def _synthetic(views: dict[str, torch.Tensor], device: torch.device) -> Iterator[Batch]:
