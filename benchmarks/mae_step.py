@@ -68,7 +68,7 @@ def ours(options: dict[str, Any], device: torch.device) -> tuple[nn.Module, torc
     def loss(images: Tensor, index: int) -> Tensor:
         positions = torch.arange(len(images), device=device) + index * len(images)
         step = Step(index, total=1000, epoch=0.0, epochs=1.0, positions=positions, seed=0, world=World())
-        return sum(model(step, {"x": images}).values())
+        return sum(model(step, {"x": images}).losses.values())
 
     return model, optimizer, loss
 
