@@ -274,6 +274,7 @@ class Builder:
             teacher: Encoder = cls(config, specs)
         if mean is None and teacher.spec.mean is not None:
             mean, std = teacher.spec.mean, teacher.spec.std
+        self.check_weights(place, name, section, teacher)
         if with_weights:
             self.load_published(place, teacher)
         if with_weights and path is not None:
@@ -284,6 +285,27 @@ class Builder:
         self.publish(
             teachers={**self.specs.teachers, name: teacher.spec},
             teacher_views={**self.specs.teacher_views, name: view_name},
+        )
+
+    def check_weights(self, place: str, name: str, section: TeacherSection, teacher: Encoder) -> None:
+        """A frozen teacher has weights from somewhere, or says that it has none."""
+        if section.random and teacher.has_weights:
+            text = f"encoder '{teacher.name}' has weights by its options; leave out these or teachers.{name}.random"
+            raise self.misfit(place, text)
+        given = section.random or section.checkpoint is not None or teacher.has_weights
+        if given or not any(True for _ in teacher.parameters()):
+            return
+        options = teacher.config.model_dump() if teacher.config is not None else {}
+        own = [
+            f"encoder.{key}={value}"
+            for key, value in (("pretrained", "true"), ("checkpoint", "FILE"))
+            if key in options
+        ]
+        ways = [f"teachers.{name}.{way}" for way in (*own, "checkpoint=RUN (a run, or a folder of `mim import`)")]
+        raise self.misfit(
+            place,
+            f"the frozen teacher '{name}' has no weights, so that encoder '{teacher.name}' would stay as it is drawn. "
+            f"Give {', '.join(ways)}; or teachers.{name}.random=true, if a random network is meant",
         )
 
     def view_of(self, name: str, section: TeacherSection) -> str:

@@ -76,13 +76,17 @@ class TimmEncoder(Encoder):
             std=std if std is not None and len(std) == view.in_chans else None,
         )
 
+    @property
+    def has_weights(self) -> bool:
+        return self.config.pretrained or self.config.checkpoint is not None
+
     def load_published(self) -> None:
         """Weights of timm, or of the file in `checkpoint`.
 
         Raises:
             ValueError: if they cannot be had, or do not fit.
         """
-        if not self.config.pretrained and self.config.checkpoint is None:
+        if not self.has_weights:
             return
         with torch.random.fork_rng(devices=[]):  # a model is drawn first, which is nobody else's business
             model = self._create(pretrained=self.config.pretrained)

@@ -157,8 +157,13 @@ class Encoder(Component):
         """What an objective calls: the pass over the view "x", or over all views of an encoder that joins them."""
         return self(views["x"], masks["x"], ask)
 
+    @property
+    def has_weights(self) -> bool:
+        """True if the options name weights that `load_published` loads: a frozen teacher without any is refused."""
+        return False
+
     def load_published(self) -> None:
-        """Load the weights that options name and that somebody else has published.
+        """Load the weights that options name and that somebody else has published; `has_weights` says if they do.
 
         Called once after the encoder is built, unless weights do not matter: to count costs, for an import or export.
         """

@@ -33,6 +33,9 @@ class TeacherSection(AliasedSection):
     """A frozen encoder component; that of the run or import in `checkpoint` if it is left out."""
     checkpoint: str | None = None
     """Weights of the frozen encoder: a run directory, a checkpoint, a safetensors file or a folder of `mim import`."""
+    random: bool = False
+    """Leave a frozen encoder at its random first weights, as a fixed random projection: it has learned nothing. Without
+    it a frozen teacher needs weights."""
     view: str | None = Field(None, min_length=1)
     """The view it looks at: by default the one called like the teacher, if the recipe's views have it, else "x"."""
     copy_of: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), alias="copy")
@@ -54,6 +57,11 @@ class TeacherSection(AliasedSection):
             raise ValueError("a copied teacher needs 'momentum' or 'refresh_every', one of the two")
         if not self.copy_of and (self.momentum is not None or self.refresh_every is not None or self.of_teacher):
             raise ValueError("'momentum', 'refresh_every' and 'of_teacher' belong to a copied teacher ('copy')")
+        if self.random and (self.copy_of or self.checkpoint is not None):
+            what = "copies" if self.copy_of else f"checkpoint={self.checkpoint}"
+            raise ValueError(
+                f"'random' is for a frozen encoder without weights, this teacher has {what}; leave one out"
+            )
         if self.momentum is not None and not all(0 <= value <= 1 for value in extremes(self.momentum)):
             values = " to ".join(dict.fromkeys(f"{value:g}" for value in extremes(self.momentum)))
             raise ValueError(f"'momentum' must stay between 0 and 1, got {values}")

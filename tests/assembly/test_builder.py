@@ -325,11 +325,40 @@ def test_an_objective_of_ones_own_needs_no_heads(tmp_path):
 
 
 def test_a_frozen_teacher_feeds_a_feature_target(tmp_path):
-    teachers = {"clip": {"encoder": "toy"}}
+    teachers = {"clip": {"encoder": "toy", "random": True}}
     recipe = recipe_of(tmp_path, teachers=teachers, target={"type": "features", "teacher": "clip"})
     model = build_model(recipe, REGISTRY)
     assert model.specs.teachers["clip"].dim == 8
     assert preflight(model, CPU)["main"] > 0
+
+
+@pytest.mark.parametrize("with_weights", [True, False], ids=["run", "check"])
+@pytest.mark.parametrize(
+    ("encoder", "ways"),
+    [
+        ("toy", r"teachers.t.checkpoint=RUN"),
+        (
+            {"type": "timm", "model": "test_resnet"},
+            r"teachers.t.encoder.pretrained=true, teachers.t.encoder.checkpoint=FILE",
+        ),
+    ],
+)
+def test_a_frozen_teacher_without_weights_is_refused_with_the_ways_to_give_some(tmp_path, with_weights, encoder, ways):
+    recipe = recipe_of(tmp_path, teachers={"t": {"encoder": encoder}})
+    message = rf"teachers.t.encoder: the frozen teacher 't' has no weights.*Give {ways}.*or teachers.t.random=true"
+    with pytest.raises(RecipeError, match=message):
+        build_model(recipe, REGISTRY, with_weights=with_weights)
+    recipe = recipe_of(tmp_path, teachers={"t": {"encoder": encoder, "random": True}})
+    assert "t" in build_model(recipe, REGISTRY, with_weights=with_weights).specs.teachers
+
+
+def test_random_is_for_a_frozen_teacher_without_weights(tmp_path):
+    teacher = {"encoder": {"type": "timm", "model": "test_vit", "pretrained": True}, "random": True}
+    with pytest.raises(RecipeError, match="encoder 'timm' has weights by its options; leave out .* teachers.t.random"):
+        build_model(recipe_of(tmp_path, teachers={"t": teacher}), REGISTRY, with_weights=False)
+    for section, what in (({"copy": ["encoder"], "momentum": 1.0}, "copies"), ({"checkpoint": "x"}, "checkpoint=x")):
+        with pytest.raises(RecipeError, match=f"'random' is for a frozen encoder without weights.*has {what}"):
+            recipe_of(tmp_path, teachers={"t": {**section, "random": True}})
 
 
 def test_a_momentum_teacher_starts_from_the_loaded_weights(tmp_path):

@@ -118,9 +118,11 @@ def test_weights_without_a_source_have_no_normalisation_of_their_own():
 
 
 def test_the_teacher_does_not_change_how_the_student_begins(published):
+    clip = {"type": "timm", "model": "vit_clip_of_the_tests", "project": True}
+    teachers = [{"encoder": clip, "random": True}, {"encoder": clip | {"checkpoint": published[1]}}]
     weights = [
-        build_model(recipe_of(teacher), Registry()).objective.state_dict()
-        for teacher in ({"project": True}, {"project": True, "checkpoint": published[1]})
+        build_model(recipe_of({}, teachers={"clip": teacher}), Registry()).objective.state_dict()
+        for teacher in teachers
     ]
     assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
 

@@ -158,8 +158,8 @@ def test_renormalising_to_the_same_is_no_change_at_all():
         (["tokenizer={one}", "target.vocab_size=512"], r"the tokenizer has 8 classes, vocab_size says 512"),
         (["tokenizer={one}", "encoder.patch_size=8"], r"decoder 'linear': target grid 4x4, encoder grid 2x2"),
         (["tokenizer={one}", "loss=mse"], r"loss 'mse' takes dense targets, target 'token_ids' gives ids"),
-        (["teachers.tokenizer.encoder={{type: vit, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}"],
-         r"teacher 'tokenizer' is no tokenizer, its encoder gives no ids"),
+        (["teachers.tokenizer.encoder={{type: vit, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}",
+          "teachers.tokenizer.random=true"], r"teacher 'tokenizer' is no tokenizer, its encoder gives no ids"),
         (["tokenizer={one}", "teachers.other.checkpoint={one}", "teachers.other.view=left"], r"no view 'left'"),
     ],
 )  # fmt: skip
