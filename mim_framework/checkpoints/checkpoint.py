@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mim_framework.base.errors import CheckpointError
+from mim_framework.base.files import flush
 from mim_framework.base.section import Section
 
 FORMAT = 1
@@ -111,7 +112,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
                 return final
             _set_aside(final)
         os.rename(temporary, final)
-        _flush(folder)
+        flush(folder)
         for later in list_checkpoints(folder):
             if step_of(later) > step:
                 _set_aside(later)
@@ -224,8 +225,8 @@ def _write_files(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]],
     content = {"format": FORMAT, "step": step, "files": files}
     (folder / "manifest.json").write_text(json.dumps({**content, "sha256": _content_hash(content)}, indent=1))
     for path in folder.iterdir():
-        _flush(path)
-    _flush(folder)
+        flush(path)
+    flush(folder)
 
 
 def _independent(named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -296,12 +297,3 @@ def _remove_leftovers(folder: Path) -> None:
     """Temporary folders of runs that were killed while saving."""
     for path in folder.glob(".step_*.tmp"):
         shutil.rmtree(path)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
