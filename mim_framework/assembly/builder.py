@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mim_framework.assembly.fits import refusal
 from mim_framework.assembly.trained import trained_encoder
-from mim_framework.assembly.weights import load_into, some
+from mim_framework.assembly.weights import load_init, load_into, some
 from mim_framework.base.errors import CheckpointError, DataError, MimError, RecipeError, did_you_mean
 from mim_framework.base.section import Choice
 from mim_framework.contract.components import (
@@ -59,6 +59,8 @@ class Model:
     teachers: Teachers
     specs: Specs
     companions: tuple[Companion, ...]
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+    """What the user should know at the start of a run."""
 
     def example(self, batch_size: int) -> dict[str, Tensor]:
         """A made-up batch before `prepare`: the views, and what travels beside them."""
@@ -186,15 +188,20 @@ class Builder:
         parts = Parts(masker, encoder, heads, views, self.specs)
         objective: Objective = self.make("objective", "objective", recipe.objective, parts)
 
+        notes = []
         if with_weights and recipe.init is not None:
-            load_into(objective, Path(recipe.init))
+            view = self.specs.views.get("x")
+            img_size = view.img_size[0] if view is not None and view.kind == "image" else None
+            filled = load_init(objective, Path(recipe.init), img_size)
+            if not filled.complete:
+                notes.append(f"init {recipe.init} fills a part of the model, the rest starts at random:{filled}")
         self.check_copies(objective)
         teachers.add_copies(objective)
         with self.slot("teachers"):
             for component in objective.components():
                 self.check_teacher_asks(component)
                 teachers.declare(component.teacher_asks())
-        return Model(recipe, views, objective, teachers, self.specs, companions)
+        return Model(recipe, views, objective, teachers, self.specs, companions, notes=tuple(notes))
 
     def build_views(self) -> ViewBuilder:
         views: ViewBuilder = self.make("views", "views", self.recipe.views)

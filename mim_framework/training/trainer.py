@@ -155,7 +155,7 @@ class Trainer:
         self._announce("mim_run_started")
         try:
             with self.stop.watched(run.world), closing(iter(self.loader)) as batches:
-                for doubt in run.recipe.doubts(run.epochs):
+                for doubt in (*(run.model.notes if self.start == 0 else ()), *run.recipe.doubts(run.epochs)):
                     self.log.note(doubt)
                 for index in range(self.start, run.total_steps):
                     micro_batches: Iterable[Batch] = islice(

@@ -385,6 +385,59 @@ def test_a_loaded_run_has_its_frozen_teacher_and_needs_no_init(tmp_path):
     assert torch.equal(loaded.objective.encoder.proj.weight, model.objective.encoder.proj.weight)
 
 
+def mae_of(tmp_path, **changes):
+    """A MAE of one block, of which tables of positions are a part."""
+    slots = {
+        "views": {"type": "image", "img_size": 32},
+        "encoder": {"type": "mae_vit", "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
+        "decoder": {"type": "mae_decoder", "embed_dim": 8, "depth": 1, "num_heads": 2},
+    }
+    return recipe_of(tmp_path, **{**slots, **changes})
+
+
+@pytest.mark.parametrize(
+    ("names", "share", "line"),
+    [
+        (["heads.main.decoder.mask_token"], r"0\.00%", r"encoder: 0 of 18 tensors \(0 of "),
+        (
+            ["encoder.patch_embed.proj.weight", "encoder.cls_token"],
+            r"46\.17%",
+            r"encoder: 2 of 18 tensors \(3,088 of ",
+        ),
+        ([], r"0\.00%", r"heads\.main\.decoder: 0 of \d+ tensors"),
+    ],
+)
+def test_init_that_fits_hardly_anything_of_the_encoder_is_refused_with_counts(tmp_path, names, share, line):
+    state = build_model(mae_of(tmp_path), REGISTRY).objective.state_dict()
+    save_file({name: state[name] for name in names}, tmp_path / "part.safetensors")
+    recipe = mae_of(tmp_path, init=str(tmp_path / "part.safetensors"))
+    with pytest.raises(
+        CheckpointError, match=rf"(?s)part.safetensors holds {share} of the encoder, less than 50%.*{line}"
+    ):
+        build_model(recipe, REGISTRY)
+
+
+def test_init_that_fits_in_part_is_told_with_counts_and_a_whole_one_is_not(tmp_path):
+    state = build_model(mae_of(tmp_path), REGISTRY).objective.state_dict()
+    encoder = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    for name, weights in (("part", encoder), ("whole", state)):
+        save_file(weights, tmp_path / f"{name}.safetensors")
+    [note] = build_model(mae_of(tmp_path, init=str(tmp_path / "part.safetensors")), REGISTRY).notes
+    assert "the rest starts at random:\n  encoder: 18 of 18 tensors" in note
+    assert "heads.main.decoder: 0 of " in note
+    assert build_model(mae_of(tmp_path, init=str(tmp_path / "whole.safetensors")), REGISTRY).notes == ()
+
+
+def test_init_of_another_image_size_names_the_way_to_resize_it(tmp_path):
+    state = build_model(mae_of(tmp_path, views={"type": "image", "img_size": 16}), REGISTRY).objective.state_dict()
+    save_file(state, tmp_path / "small.safetensors")
+    recipe = mae_of(tmp_path, init=str(tmp_path / "small.safetensors"))
+    with pytest.raises(
+        CheckpointError, match=r"pos_embed \(1, 5, 16\), needed \(1, 17, 16\).*views\.img_size=32` resizes"
+    ):
+        build_model(recipe, REGISTRY)
+
+
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     module = nn.Linear(2, 2)
     save_file({"weight": torch.zeros(3, 2)}, tmp_path / "a.safetensors")
