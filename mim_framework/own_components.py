@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mim_framework.builtins import (
+    mim_checkpoint_formats,
     mim_decoders,
     mim_encoders,
     mim_losses,
@@ -15,6 +16,7 @@ from mim_framework.builtins import (
 from mim_framework.evaluate import mim_evaluations
 
 __all__ = [
+    "mim_checkpoint_formats",
     "mim_decoders",
     "mim_encoders",
     "mim_evaluations",

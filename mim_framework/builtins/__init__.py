@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mim_framework.builtins.checkpoints import ViTTimmCheckpoint
 from mim_framework.builtins.decoders import LinearDecoder, PooledDecoder
 from mim_framework.builtins.losses import CosineLoss, CrossEntropyLoss, L1Loss, MSELoss
 from mim_framework.builtins.maskers import BlockMasker, NoMasker, RandomMasker
@@ -54,3 +55,8 @@ def mim_views():
 @hookimpl
 def mim_sources():
     return [FolderSource, DigitsSource, TorchvisionSource]
+
+
+@hookimpl
+def mim_checkpoint_formats():
+    return [ViTTimmCheckpoint]

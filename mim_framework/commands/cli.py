@@ -387,21 +387,36 @@ def export(settings: Settings, run: Path, to: str, output: Path | None) -> None:
 @main.command("import")
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
 @OVERRIDES
-@click.option("--layout", metavar="NAME", help="Checkpoint format of the file, where several recognise it.")
+@click.option("--layout", metavar="NAME", help="Checkpoint format of the file, where several or none recognise it.")
+@click.option("--key", metavar="NAME", help="Key of the file that holds the weights, such as model_ema.")
+@click.option("--prefix", metavar="P", help="Take only the tensors whose names begin so, without it.")
+@click.option("--allow-nonfinite", is_flag=True, help="Take tensors that hold NaN or infinite values too.")
 @OUTPUT
 @click.pass_obj
 def import_file(
-    settings: Settings, file: Path, overrides: tuple[str, ...], layout: str | None, output: Path | None
+    settings: Settings,
+    file: Path,
+    overrides: tuple[str, ...],
+    layout: str | None,
+    key: str | None,
+    prefix: str | None,
+    allow_nonfinite: bool,
+    output: Path | None,
 ) -> None:
     """Read a checkpoint of a method's official code, without running code from it.
 
-    KEY=VALUE gives what no tensor tells, such as encoder.num_heads=12.
+    KEY=VALUE gives what no tensor tells, such as encoder.num_heads=12, or another image size: views.img_size=448.
     """
     from mim_framework.convert import import_checkpoint
     from mim_framework.recipe.draft import parse_override
 
     options = dict(parse_override(override) for override in overrides)
-    click.echo(import_checkpoint(file, output, settings.registry, layout=layout, options=options))
+    click.echo(
+        import_checkpoint(
+            file, output, settings.registry, layout=layout, options=options, key=key, prefix=prefix,
+            allow_nonfinite=allow_nonfinite,
+        )
+    )  # fmt: skip
 
 
 @main.command()

@@ -441,6 +441,19 @@ def sample_or_broken(source: Source, index: int) -> Sample | BrokenImage:
         return error
 
 
+TOLD = {
+    "views.img_size": ("input_size", "img_size"),
+    "views.mean": ("mean",),
+    "views.std": ("std",),
+    "masker.mask_ratio": ("mask_ratio",),
+    "masker.mask_patch_size": ("mask_patch_size",),
+    "encoder.num_heads": ("num_heads",),
+    "target.norm_pix_loss": ("norm_pix_loss",),
+    "decoder.num_heads": ("decoder_num_heads",),
+}
+"""Option of a slot -> the names that training scripts have for it."""
+
+
 class CheckpointFormat:
     """A foreign checkpoint layout that a plugin can read and perhaps write."""
 
@@ -454,6 +467,8 @@ class CheckpointFormat:
     bias_tables: ClassVar[Literal["geometric", "bicubic"]] = "geometric"
     """How tables of relative position biases are resized when the grid or window changes: on BEiT's geometric grid of
     source points (BEiT, SimMIM), or plainly bicubic (MixMIM)."""
+    fallback: ClassVar[bool] = False
+    """True for a layout that is meant only for files which no other layout recognises."""
 
     @abstractmethod
     def recognises(self, state: dict[str, Tensor]) -> bool:
@@ -461,11 +476,32 @@ class CheckpointFormat:
 
     @abstractmethod
     def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
-        """The slots of a recipe (encoder, decoder, ...) that fit the weights."""
+        """The slots of a recipe (encoder, decoder, ...) that fit the weights.
+
+        A value that no tensor tells is None, and is asked for, or a `layouts.Guess`, and is shown as one.
+        """
 
     @abstractmethod
     def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Foreign state -> objective state dict keys ("encoder.…", "heads.main.decoder.…")."""
+
+    def adapt(self, found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `import_state` found, once the state of the slots' model is known, for what depends on its options."""
+        return found
+
+    def told_by(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What the options of the script that wrote a file tell of the slots, such as {"masker.mask_ratio": 0.6}.
+
+        They count where `to_recipe` has None, a guess or nothing; None and what a component has no option for is left
+        out. A value may be a function of the slots. Here: the names that most scripts share.
+        """
+        return {
+            where: next((options[name] for name in names if name in options), None) for where, names in TOLD.items()
+        }
+
+    def remarks(self, state: dict[str, Tensor]) -> list[str]:
+        """Sentences for the user on what the file is and is not."""
+        return []
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Objective state dict -> this layout.

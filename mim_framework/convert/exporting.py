@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mim_framework.assembly.builder import build_model
 from mim_framework.assembly.weights import load_into
 from mim_framework.base.errors import CheckpointError
+from mim_framework.base.files import replacing
 from mim_framework.contract.components import CheckpointFormat
+from mim_framework.convert.records import RECORD, ExportRecord
 from mim_framework.recipe.draft import load_written
 from mim_framework.registry.registry import Registry
 
@@ -22,7 +26,8 @@ def export_run(run_dir: Path, to: str, output: Path | None = None, registry: Reg
     """Write the newest checkpoint of a run for other code; returns the file.
 
     The plugin that brings the encoder brings the layouts too, as checkpoint formats named `METHOD_LAYOUT`; that of an
-    objective may bring others for its runs.
+    objective may bring others for its runs. Beside the tensors stand the slots of the run, which `import_checkpoint`
+    reads and other code does not see. The file appears whole or not at all.
 
     Args:
         to: the layout, `timm` or `official`.
@@ -44,15 +49,18 @@ def export_run(run_dir: Path, to: str, output: Path | None = None, registry: Reg
         exported = checkpoint_format.export_state(model.objective.state_dict())
     except ValueError as error:
         raise CheckpointError(f"{run_dir} cannot be written in layout '{to}': {error}") from error
+    record = ExportRecord.of(model, checkpoint_format.name).data()
     output = output or run_dir / "export" / f"{to}{SUFFIX_OF.get(to, '.safetensors')}"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        if output.suffix == ".safetensors":
-            save_file({name: tensor.contiguous() for name, tensor in exported.items()}, output)
-        else:
-            torch.save({"model": exported}, output)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {output}: {error.strerror}") from error
+        with replacing(output) as temporary:
+            if output.suffix == ".safetensors":
+                tensors = {name: tensor.contiguous() for name, tensor in exported.items()}
+                save_file(tensors, temporary, {"format": "pt", RECORD: json.dumps(record)})
+            else:
+                torch.save({"model": exported, RECORD: record}, temporary)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {output}: {getattr(error, 'strerror', None) or error}") from error
     return output
 
 

@@ -5,22 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mim_framework.assembly.builder import build_model
 from mim_framework.assembly.trained import IMPORTED_SLOTS
-from mim_framework.base.errors import CheckpointError
+from mim_framework.base.errors import CheckpointError, MimError
+from mim_framework.base.files import new_folder, replacing
 from mim_framework.checkpoints.checkpoint import IMPORTED_WEIGHTS
 from mim_framework.contract.components import CheckpointFormat
 from mim_framework.contract.mask import Grid
-from mim_framework.convert.reading import ForeignCheckpoint, read_checkpoint
+from mim_framework.convert.reading import WRAPPERS, ForeignCheckpoint, groups_of, read_checkpoint, shown
+from mim_framework.convert.slots import DraftedSlots, draft_slots
 from mim_framework.layouts.tables import resize_bias_table, resize_position_table
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
@@ -48,12 +51,25 @@ class ImportReport:
     """Names in the recipe's model that the file lacks; they start at random."""
     unexpected: dict[str, tuple[int, ...]]
     """Tensors of the file that the model has no place for, by the name they would have; they are left out."""
+    guesses: dict[str, str] = field(default_factory=dict)
+    """Options that nothing in the file tells, such as "encoder.num_heads 12", and where the value comes from."""
+    told: dict[str, Any] = field(default_factory=dict)
+    """Options that no tensor tells and the script that wrote the file did."""
+    remarks: list[str] = field(default_factory=list)
+    """What the file is, and what became of it."""
 
     def __str__(self) -> str:
         lines = [f"layout {self.format}: {len(self.matched)} tensors matched"]
         lines += [f"  resized     {name} {old} -> {new}" for name, (old, new) in self.resized.items()]
         lines += [f"  missing     {line}" for line in self._missing_lines()]
         lines += [f"  unexpected  {name} {shape}" for name, shape in self.unexpected.items()]
+        lines += [
+            f"  told        {where} {value}, by the script that wrote the file" for where, value in self.told.items()
+        ]
+        lines += [f"  guess       {what}: {why}" for what, why in self.guesses.items()]
+        if self.guesses:
+            lines.append("guesses are marked in the slots; KEY=VALUE after the file says what is right")
+        lines += self.remarks
         lines += [
             f"weights: {self.folder / IMPORTED_WEIGHTS}",
             f"to paste into a recipe: {self.folder / IMPORTED_SLOTS}",
@@ -77,6 +93,9 @@ def import_checkpoint(
     *,
     layout: str | None = None,
     options: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> ImportReport:
     """Write `weights.safetensors`, which a recipe takes as `init`, and `slots.yaml`, the slots that fit the weights.
 
@@ -85,29 +104,39 @@ def import_checkpoint(
         layout: name of the checkpoint format; by default the only one that recognises the file.
         options: changes of the slots such as {"encoder.num_heads": 12}, which no tensor tells, or
             {"views.img_size": 448}: position tables are then interpolated.
+        key: where in the file the tensors are, such as "model_ema".
+        prefix: take only the tensors whose names begin so, without it.
+        allow_nonfinite: take tensors that hold NaN or infinite values too.
 
     Raises:
         CheckpointError: if the file cannot be read or used; nothing is written then.
     """
     registry = registry or Registry()
-    foreign = read_checkpoint(file)
-    checkpoint_format = _format_for(foreign.state, file, registry, layout)
-    slots = checkpoint_format.to_recipe(foreign.state)
-    for where, value in (options or {}).items():
-        slot, _, option = where.partition(".")
-        slots.setdefault(slot, {})[option] = value
-    if unknown := [f"{slot}.{name}" for slot, each in slots.items() for name, value in each.items() if value is None]:
-        raise CheckpointError(f"{file} does not tell {', '.join(unknown)}; give the value, for example {unknown[0]}=12")
-
-    model = build_model(Recipe.model_validate({**_REST_OF_A_RECIPE, **slots}), registry, with_weights=False)
+    foreign = read_checkpoint(file, key=key, prefix=prefix)
+    checkpoint_format = _format_for(foreign, file, registry, layout)
+    try:
+        drafted = draft_slots(checkpoint_format, foreign, options or {}, registry, file)
+        imported = checkpoint_format.import_state(foreign.state)
+    except (ValueError, LookupError) as error:
+        text = str(error) if isinstance(error, ValueError) else f"it lacks {error}"
+        raise CheckpointError(f"{file} cannot be read in layout '{checkpoint_format.name}': {text}") from error
+    try:
+        recipe = Recipe.model_validate({**_REST_OF_A_RECIPE, **drafted.slots})
+        model = build_model(recipe, registry, with_weights=False)
+    except (MimError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: its slots make no model: {_cause(error)}; KEY=VALUE changes an option"
+        ) from error
     wanted = model.objective.state_dict()
-    found = checkpoint_format.import_state(foreign.state)
+    found = checkpoint_format.adapt(imported, wanted)
+    remarks = [*_renamed_norms(found, wanted), *drafted.remarks, *_remarks(foreign, found)]
     resized = {}
     for name, tensor in found.items():
         if name in wanted and tensor.shape != wanted[name].shape:
             found[name] = _fit(name, tensor, wanted[name], model.specs.encoder.grid, checkpoint_format, file)
             resized[name] = tuple(tensor.shape), tuple(wanted[name].shape)
     kept = {name: tensor.contiguous() for name, tensor in found.items() if name in wanted}
+    _check_finite(kept, file, allow_nonfinite)
     folder = output or Path(file.stem)
     report = ImportReport(
         folder,
@@ -116,9 +145,53 @@ def import_checkpoint(
         resized=resized,
         missing=_shapes({name: tensor for name, tensor in wanted.items() if name not in kept}),
         unexpected=_shapes({name: tensor for name, tensor in found.items() if name not in wanted}),
+        guesses={f"{where} {drafted.value(where)}": why for where, why in drafted.guesses.items()},
+        told=drafted.told,
+        remarks=remarks,
     )
-    _write(report, file, kept, slots, foreign)
+    _write(report, file, kept, drafted, foreign)
     return report
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _renamed_norms(found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> Iterator[str]:
+    """The last norm of a fine-tuned file is called `fc_norm`; it takes the place of the `norm` that the file lacks."""
+    for name in [name for name in found if "fc_norm." in name and name not in wanted]:
+        ours = name.replace("fc_norm.", "norm.")
+        if ours in wanted and ours not in found and found[name].shape == wanted[ours].shape:
+            found[ours] = found.pop(name)
+            yield (
+                f"{ours} is the file's {name}: that of a fine-tuned model, where it followed the mean of the patch "
+                "tokens; here it normalises every token"
+            )
+
+
+def _remarks(foreign: ForeignCheckpoint, found: Mapping[str, Tensor]) -> Iterator[str]:
+    if foreign.prefix or foreign.key not in ("", *WRAPPERS):
+        where = f" under the key {foreign.key}" if foreign.key else ""
+        without = f", without the prefix {foreign.prefix}" if foreign.prefix else ""
+        yield f"taken: the tensors{where}{without}"
+    enough = len(foreign.state) / 2
+    others = {key: n for key, n in foreign.others.items() if n >= enough and not key.startswith("optimizer")}
+    if others:
+        yield f"the file also holds {shown(others)}; --key NAME takes those instead"
+
+
+def _check_finite(tensors: Mapping[str, Tensor], file: Path, allow: bool) -> None:
+    bad = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and (wrong := tensor.numel() - int(tensor.isfinite().sum())):
+            bad[name] = f"{name} ({int(tensor.isnan().sum())} NaN, {wrong - int(tensor.isnan().sum())} infinite "
+            bad[name] += f"of {tensor.numel()} values)"
+    if bad and not allow:
+        named = ", ".join(list(bad.values())[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise CheckpointError(
+            f"{file} holds values that are no numbers: {named}. A model with them computes nothing else; look for "
+            "another copy of the file, or take them all the same with --allow-nonfinite"
+        )
 
 
 def _part(name: str) -> str:
@@ -128,18 +201,28 @@ def _part(name: str) -> str:
     return name.partition(".")[0] + "."
 
 
-def _format_for(state: dict[str, Tensor], file: Path, registry: Registry, layout: str | None) -> CheckpointFormat:
+def _format_for(foreign: ForeignCheckpoint, file: Path, registry: Registry, layout: str | None) -> CheckpointFormat:
     if layout is not None:
         return registry.find("checkpoint_format", layout)()
     known = registry.classes("checkpoint_format")
-    fitting = {name: each for name, cls in known.items() if (each := cls()).recognises(state)}
-    if len(fitting) != 1:
-        examples = ", ".join(list(state)[:3])
-        which = f"several layouts, {', '.join(sorted(fitting))}; choose one" if fitting else "no installed layout"
-        raise CheckpointError(
-            f"{file} fits {which} (known: {', '.join(sorted(known)) or 'none'}); it holds {examples}, ..."
-        )
-    return next(iter(fitting.values()))
+    if foreign.record is not None and foreign.record.layout in known:
+        return known[foreign.record.layout]()
+    fitting = {name: each for name, cls in known.items() if (each := cls()).recognises(foreign.state)}
+    special = {name: each for name, each in fitting.items() if not each.fallback}
+    fitting = special or fitting
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    names = ", ".join(sorted(fitting))
+    which = f"several layouts, {names}; choose one with --layout" if fitting else "no installed layout"
+    examples = ", ".join(list(foreign.state)[:3])
+    text = f"{file} fits {which} (known: {', '.join(sorted(known)) or 'none'}); it holds {examples}, ..."
+    if not fitting:
+        text += f" under the key {foreign.key}" if foreign.key else ""
+        text += f". Other tensors: {shown(foreign.others)}; --key NAME takes those" if foreign.others else ""
+        for prefix, part in groups_of(foreign.state).items():
+            if layouts := [name for name, cls in known.items() if cls().recognises(part)]:
+                text += f". --prefix {prefix} takes {len(part)} tensors that fit {' and '.join(layouts)}"
+    raise CheckpointError(text)
 
 
 def _fit(
@@ -165,17 +248,38 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _write(
-    report: ImportReport, file: Path, weights: dict[str, Tensor], slots: dict[str, Any], foreign: ForeignCheckpoint
+    report: ImportReport, file: Path, weights: dict[str, Tensor], drafted: DraftedSlots, foreign: ForeignCheckpoint
 ) -> None:
     comments = [f"Slots that fit the weights of {file.name}, layout {report.format}. Paste them into a recipe."]
+    comments += report.remarks
     comments += [
-        f"The script that wrote it ran with {name}: {value!r}" for name, value in sorted(foreign.options.items())
+        f"The script that wrote it ran with {name}: {_short(value)}" for name, value in sorted(foreign.options.items())
     ]
+    if drafted.guesses:
+        comments.append("What is marked as a guess stands in nothing that the file holds: check it.")
     text = "".join(f"# {' '.join(comment.split())}\n" for comment in comments)
-    text += yaml.safe_dump({"init": str((report.folder / IMPORTED_WEIGHTS).resolve()), **slots}, sort_keys=False)
+    text += yaml.safe_dump({"init": str((report.folder / IMPORTED_WEIGHTS).resolve())}) + drafted.yaml()
     try:
-        report.folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, report.folder / IMPORTED_WEIGHTS)
-        (report.folder / IMPORTED_SLOTS).write_text(text)
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {report.folder}: {error.strerror}") from error
+        _write_folder(report.folder, weights, text)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write to {report.folder}: {getattr(error, 'strerror', None) or error}"
+        ) from error
+
+
+def _write_folder(folder: Path, weights: dict[str, Tensor], slots: str) -> None:
+    """A new folder appears whole. In an old one the slots are taken away first, so that no two imports are mixed."""
+    if not folder.exists():
+        with new_folder(folder) as aside:
+            save_file(weights, aside / IMPORTED_WEIGHTS)
+            (aside / IMPORTED_SLOTS).write_text(slots)
+        return
+    with replacing(folder / IMPORTED_SLOTS) as new_slots, replacing(folder / IMPORTED_WEIGHTS) as new_weights:
+        save_file(weights, new_weights)
+        new_slots.write_text(slots)
+        (folder / IMPORTED_SLOTS).unlink(missing_ok=True)
+
+
+def _short(value: Any, limit: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -10,7 +10,8 @@ from mim_framework.base.lazy import module_of_names, on_demand
 _HOME = {
     "names": ["INSIDE_BLOCKS", "Renames", "ReadByOfficialNames", "renamed", "part_of", "depth_of"],
     "tables": ["resize_position_table", "resize_bias_table", "unfold_to_places"],
-    "vit": ["vit_options", "to_timm_beit"],
+    "guesses": ["Guess", "guessed_heads"],
+    "vit": ["vit_options", "to_timm_beit", "with_shared_table"],
 }
 _MODULE_OF = module_of_names(_HOME)
 

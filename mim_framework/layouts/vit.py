@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import isqrt
 from typing import Any
 
 from torch import Tensor
 
+from mim_framework.layouts.guesses import guessed_heads
 from mim_framework.layouts.names import depth_of
 
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
@@ -17,7 +19,7 @@ HEADS_OF_WIDTH = {768: 12, 1024: 16}
 def vit_options(state: dict[str, Tensor]) -> tuple[int | None, dict[str, Any]]:
     """Image size (None if no tensor tells it) and options of a `BEiTViT` for an encoder's tensors, without prefix.
 
-    The number of heads follows from a bias table, else from the usual widths; the initial layer scale is in no tensor.
+    The number of heads follows from a bias table, else it is guessed; the initial layer scale is in no tensor.
     """
     patch_size, dim = state["patch_embed.proj.weight"].shape[-1], state["cls_token"].shape[-1]
     table = state.get(SHARED_TABLE, state.get(f"blocks.0.{OWN_TABLE}"))
@@ -31,7 +33,7 @@ def vit_options(state: dict[str, Tensor]) -> tuple[int | None, dict[str, Any]]:
         "patch_size": patch_size,
         "embed_dim": dim,
         "depth": depth_of(state),
-        "num_heads": HEADS_OF_WIDTH.get(dim) if table is None else table.shape[1],
+        "num_heads": guessed_heads(HEADS_OF_WIDTH, dim) if table is None else table.shape[1],
         "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / dim,
         "position": "none" if positions is None else "learned",
         "relative_bias": "shared" if SHARED_TABLE in state else "none" if table is None else "per_block",
@@ -53,3 +55,17 @@ def to_timm_beit(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if table is not None:
         kept |= {f"blocks.{i}.{OWN_TABLE}": table.clone() for i in range(depth_of(state))}
     return kept
+
+
+def with_shared_table(
+    found: dict[str, Tensor], wanted: Collection[str], encoder: str = "encoder."
+) -> dict[str, Tensor]:
+    """One bias table in the place of those of all blocks, if the model shares one and all of them agree.
+
+    The inverse of what `to_timm_beit` does to a shared table.
+    """
+    own = [name for name in found if name.endswith(OWN_TABLE)]
+    if encoder + SHARED_TABLE not in wanted or not own or any(not found[name].equal(found[own[0]]) for name in own):
+        return found
+    kept = {name: tensor for name, tensor in found.items() if name not in own}
+    return kept | {encoder + SHARED_TABLE: found[own[0]]}

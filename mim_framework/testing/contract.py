@@ -17,9 +17,11 @@ import pytest
 import torch
 from torch import nn
 
+from mim_framework.assembly.trained import trained_encoder
 from mim_framework.base.errors import CheckpointError
+from mim_framework.checkpoints.checkpoint import load_weights
 from mim_framework.contract.mask import Mask
-from mim_framework.convert import export_run, read_checkpoint
+from mim_framework.convert import export_run, import_checkpoint, read_checkpoint
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.writing import dump_recipe
 from mim_framework.registry.registry import Registry
@@ -318,7 +320,7 @@ class RecipeContract:
         assert losses_of(with_graphs) == pytest.approx(losses_of(straight), rel=self.compile_tolerance)
 
     def test_exported_weights_come_back(self, straight: Path, recipe: str, tmp_path: Path):
-        """In every layout of the plugin that can hold the model."""
+        """In every layout of the plugin that can hold the model; an import gives the slots of the run too."""
         registry, state = Registry(), weights_of(straight)
         info = registry.plugin(self.plugin)
         registry.load(info.name)
@@ -336,6 +338,16 @@ class RecipeContract:
                 found = layout.import_state(written)
                 assert [name for name, tensor in found.items() if not torch.equal(tensor, state[name])] == []
                 assert [name for name in state if name.startswith("encoder.") and name not in found] == []
+            try:
+                import_checkpoint(file, tmp_path / each.name, registry)
+            except CheckpointError as error:
+                if "written only" not in str(error):
+                    raise
+                continue
+            imported = load_weights(tmp_path / each.name)
+            assert [name for name, tensor in imported.items() if not torch.equal(tensor, state[name])] == []
+            described = trained_encoder(tmp_path / each.name, registry)
+            assert described == trained_encoder(straight, registry)
 
 
 class PluginContract(ComponentContract, RecipeContract):

@@ -137,7 +137,8 @@ def test_commands_after_training_call_their_function(mim, calls, tmp_path):
         ("export_run", [Path("runs"), "timm", Path("out")]),
         ("import_checkpoint", [Path("a.png"), None]),
     ]
-    assert calls.made[-1][2] == {"layout": "mae", "options": {"encoder.num_heads": 12}}
+    defaults = {"key": None, "prefix": None, "allow_nonfinite": False}
+    assert calls.made[-1][2] == {"layout": "mae", "options": {"encoder.num_heads": 12}, **defaults}
     assert mim("import", "a.png", "encoder").stderr == "mim: write it as KEY=VALUE, for example optim.lr=1e-3\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,19 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path):
 def test_a_folder_without_a_run_is_an_error(tmp_path: Path):
     with pytest.raises(CheckpointError, match="is no run directory: it has no recipe.yaml"):
         export_run(tmp_path, "timm")
+
+
+@pytest.mark.parametrize("to", ["official", "timm"])
+def test_a_full_disk_leaves_the_export_of_before(tmp_path: Path, to: str):
+    make_run(tmp_path / "run")
+    file = export_run(tmp_path / "run", to)
+    before = file.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=f"cannot write .*{file.name}"):
+            export_run(tmp_path / "run", to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]

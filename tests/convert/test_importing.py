@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -74,7 +75,8 @@ def test_a_full_checkpoint_fills_the_model_of_its_slots(tmp_path: Path):
     assert str(report).splitlines()[0] == f"layout mae_official: {len(state)} tensors matched"
 
     slots = yaml.safe_load((tmp_path / "out" / "slots.yaml").read_text())
-    assert slots["views"] == {"type": "image", "img_size": 8}
+    views = {"type": "image", "img_size": 8, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert slots["views"] == views
     shape = {"embed_dim": 8, "depth": 1, "num_heads": 2, "mlp_ratio": 4.0}
     assert slots["encoder"] == {"type": "mae_vit", "patch_size": 4, **shape}
     assert slots["decoder"] == {"type": "mae_decoder", **shape, "embed_dim": 4}
@@ -88,8 +90,8 @@ def test_a_full_checkpoint_fills_the_model_of_its_slots(tmp_path: Path):
 def test_an_encoder_alone_leaves_the_decoder_to_chance_and_says_so(tmp_path: Path):
     state = {name: tensor for name, tensor in official_state().items() if not name.startswith(DECODER)}
     state |= {"head.weight": torch.zeros(10, 8)}
-    report = import_checkpoint(saved(tmp_path, state), tmp_path / "out", options={"encoder.num_heads": 2})
-    text = str(report)
+    file, heads = saved(tmp_path, state), {"encoder.num_heads": 2}
+    text = str(import_checkpoint(file, tmp_path / "out", layout="mae_official", options=heads))
     assert "unexpected  encoder.head.weight (10, 8)" in text
     assert re.search(r"missing     heads\.main\.decoder\.\* \(all \d+ tensors\)", text)
     assert all(name.startswith("encoder.") for name in load_file(tmp_path / "out" / "weights.safetensors"))
@@ -180,3 +182,67 @@ def test_by_default_the_folder_is_named_after_the_file(tmp_path: Path, monkeypat
     report = import_checkpoint(saved(tmp_path, official_state(), "mae_tiny.safetensors"), options=HEADS)
     assert report.folder == Path("mae_tiny")
     assert (tmp_path / "mae_tiny" / "weights.safetensors").is_file()
+
+
+def test_a_group_of_names_that_fits_a_layout_is_named_with_its_prefix(tmp_path: Path):
+    state = {f"net2.vit.{name}": tensor for name, tensor in official_state().items()} | {"loss.w": torch.zeros(1)}
+    torch.save({"state_dict": state, "ema": {"w": torch.zeros(1)}}, tmp_path / "w.pth")
+    message = r"under the key state_dict\. Other tensors: ema \(1 tensor\); --key NAME .*--prefix net2\.vit\. takes 38 "
+    with pytest.raises(CheckpointError, match=message):
+        import_checkpoint(tmp_path / "w.pth", tmp_path / "out", options=HEADS)
+    report = import_checkpoint(tmp_path / "w.pth", tmp_path / "out", options=HEADS, prefix="net2.vit.")
+    assert "taken: the tensors under the key state_dict, without the prefix net2.vit." in str(report)
+
+
+def test_averaged_weights_beside_those_that_are_taken_are_mentioned(tmp_path: Path):
+    torch.save({"model": official_state(), "model_ema": official_state()}, tmp_path / "w.pth")
+    report = import_checkpoint(tmp_path / "w.pth", tmp_path / "out", options=HEADS)
+    assert "the file also holds model_ema (38 tensors); --key NAME takes those instead" in str(report)
+    report = import_checkpoint(tmp_path / "w.pth", tmp_path / "out", options=HEADS, key="model_ema")
+    assert "under the key model_ema" in str(report)
+
+
+@pytest.mark.parametrize("layout", ["mae_official", "vit_timm"])
+def test_the_final_norm_of_a_fine_tuned_file_takes_the_place_of_the_missing_one(tmp_path: Path, layout: str):
+    state = {name: tensor for name, tensor in official_state().items() if not name.startswith(DECODER)}
+    for part in ("weight", "bias"):
+        state[f"fc_norm.{part}"] = state.pop(f"norm.{part}")
+    state |= {"head.weight": torch.zeros(10, 8), "head.bias": torch.zeros(10)}
+    file = saved(tmp_path, state)
+    report = import_checkpoint(file, tmp_path / "out", layout=layout, options={"encoder.num_heads": 2})
+    assert "encoder.norm.weight is the file's encoder.fc_norm.weight: that of a fine-tuned model" in str(report)
+    weights = load_file(tmp_path / "out" / "weights.safetensors")
+    assert torch.equal(weights["encoder.norm.weight"], state["fc_norm.weight"])
+    assert set(report.unexpected) == {"encoder.head.weight", "encoder.head.bias"}
+
+
+# --- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new folder", "old folder"])
+def test_a_full_disk_leaves_no_half_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool):
+    file, out = saved(tmp_path, official_state()), tmp_path / "out"
+    if there:
+        import_checkpoint(file, out, options=HEADS)
+    before = {path.name: path.read_bytes() for path in out.iterdir()} if there else {}
+
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: IoError(Os { code: 28, message: No space left on device })")
+
+    monkeypatch.setattr("mim_framework.convert.importing.save_file", full)
+    with pytest.raises(CheckpointError, match="cannot write to .*out: .*No space left on device"):
+        import_checkpoint(file, out, options=HEADS | {"views.img_size": 16})
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before if there else not out.exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_import_into_an_old_folder_leaves_other_files_alone(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    import_checkpoint(saved(tmp_path, official_state()), tmp_path / "out", options=HEADS)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "mine.txt",
+        "slots.yaml",
+        "weights.safetensors",
+    ]

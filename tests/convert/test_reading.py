@@ -127,3 +127,75 @@ def test_a_yacs_configuration_is_read_as_a_plain_dictionary_without_yacs(tmp_pat
     monkeypatch.undo()
     assert "yacs" not in sys.modules
     assert read_checkpoint(tmp_path / "f.pth").state["a"].tolist() == [1, 1]
+
+
+# --- wrappers --------------------------------------------------------------------------------------------------------
+
+
+def under(prefix: str, weights: dict[str, torch.Tensor] = WEIGHTS) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "prefix"),
+    [
+        ({"model": under("_orig_mod.")}, "model", "_orig_mod."),
+        ({"model": under("module._orig_mod.")}, "model", "module._orig_mod."),
+        ({"state_dict": under("model."), "epoch": 3, "pytorch-lightning_version": "2.4"}, "state_dict", "model."),
+        ({"model_ema": WEIGHTS, "epoch": 3}, "model_ema", ""),
+        ({"state_dict_ema": under("module."), "epoch": 3}, "state_dict_ema", "module."),
+        ({"teacher": under("module."), "epoch": 3}, "teacher", "module."),
+        ({"student": WEIGHTS}, "student", ""),
+        ({"ema": {"shadow": WEIGHTS}, "rng": {"cpu": 3}}, "ema.shadow", ""),
+        (under("model_ema.module."), "", "model_ema.module."),
+        (under("net._orig_mod."), "", "net._orig_mod."),
+    ],
+)
+def test_known_wrappers_are_taken_off_whatever_the_trainer(tmp_path: Path, content, key: str, prefix: str):
+    torch.save(content, tmp_path / "w.pth")
+    foreign = read_checkpoint(tmp_path / "w.pth")
+    assert foreign.state.keys() == WEIGHTS.keys()
+    assert (foreign.key, foreign.prefix) == (key, prefix)
+
+
+def test_several_sets_of_weights_are_listed_and_one_is_chosen(tmp_path: Path):
+    content = {
+        "teacher": WEIGHTS | {"a.b": torch.zeros(1)},
+        "student": under("backbone."),
+        "optimizer": {"m": torch.zeros(1)},
+    }
+    torch.save(content, tmp_path / "dino.pth")
+    with pytest.raises(CheckpointError, match=r"teacher \(2 tensors\), student \(1 tensor\); .* --key teacher"):
+        read_checkpoint(tmp_path / "dino.pth")
+    assert read_checkpoint(tmp_path / "dino.pth", key="student", prefix="backbone").state.keys() == WEIGHTS.keys()
+    with pytest.raises(CheckpointError, match=r"under key 'techer', did you mean 'teacher'.*student \(1 tensor\)"):
+        read_checkpoint(tmp_path / "dino.pth", key="techer")
+    with pytest.raises(CheckpointError, match=r"no name begins with 'encoder\.'; there are backbone\. \(1 tensor\)"):
+        read_checkpoint(tmp_path / "dino.pth", key="student", prefix="encoder.")
+
+
+def test_the_main_weights_are_taken_before_averaged_ones_which_are_told(tmp_path: Path):
+    torch.save({"model_ema": WEIGHTS, "model": WEIGHTS}, tmp_path / "both.pth")
+    foreign = read_checkpoint(tmp_path / "both.pth")
+    assert (foreign.key, foreign.others) == ("model", {"model_ema": 1})
+
+
+def test_a_folder_is_no_file_and_its_files_are_named(tmp_path: Path):
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"is a folder; name a file in it: model\.safetensors"):
+        read_checkpoint(tmp_path)
+
+
+def test_options_are_plain_values_by_dotted_names_wherever_a_script_keeps_them(tmp_path: Path):
+    content = {
+        "model": WEIGHTS,
+        "cfg": "AUG:\n  MASK_RATIO: 0.4\n",
+        "hyper_parameters": {"lr": 1e-3, "size": (3, 4)},
+        "args": {"lr": 2e-3, "dtype": np.float64(0.5), "device": torch.float32},
+    }
+    torch.save(content, tmp_path / "w.pth")
+    options = read_checkpoint(tmp_path / "w.pth").options
+    wanted = {"AUG.MASK_RATIO": 0.4, "lr": 2e-3, "size": [3, 4], "dtype": 0.5, "device": "torch.float32"}
+    assert options == wanted
+    torch.save({"model": WEIGHTS, "cfg": "model = dict(type='MAE')", "args": "{"}, tmp_path / "text.pth")
+    assert read_checkpoint(tmp_path / "text.pth").options == {}

@@ -362,7 +362,7 @@ def test_the_number_of_heads_is_known_for_published_widths_only():
     assert OfficialCheckpoint().to_recipe(state)["encoder"]["num_heads"] is None
     state |= {"cls_token": torch.zeros(1, 1, 768), "blocks.0.mlp.fc1.weight": torch.zeros(3072, 768)}
     options = OfficialCheckpoint().to_recipe(state)["encoder"]
-    assert (options["num_heads"], options["mlp_ratio"], options["depth"]) == (12, 4.0, 2)
+    assert (options["num_heads"].value, options["mlp_ratio"], options["depth"]) == (12, 4.0, 2)
 
 
 def test_export_with_another_decoder_holds_the_encoder_alone():

@@ -480,7 +480,7 @@ def test_the_number_of_heads_is_known_for_published_widths_only():
     layout = OfficialCheckpoint()
     state = layout.export_state(state_of(make_vit()))
     state |= {"cls_token": torch.zeros(1, 1, 768), "blocks.0.mlp.fc1.weight": torch.zeros(3072, 768)}
-    assert layout.to_recipe(state)["encoder"]["num_heads"] == 12
+    assert layout.to_recipe(state)["encoder"]["num_heads"].value == 12  # a guess
 
 
 def timm_vit(**options) -> nn.Module:
@@ -548,11 +548,10 @@ def test_layouts_that_cannot_hold_an_encoder_say_so(options: dict, message: str)
         OfficialCheckpoint().export_state(state_of(make_vit(**options)))
 
 
-def test_timms_layout_is_only_written():
+def test_timms_layout_is_read_with_the_slots_of_its_run_only():
     assert not TimmCheckpoint().recognises(TimmCheckpoint().export_state(state_of(make_vit())))
-    for read in (TimmCheckpoint().to_recipe, TimmCheckpoint().import_state):
-        with pytest.raises(ValueError, match="it can be written only"):
-            read({})
+    with pytest.raises(ValueError, match="it reads only what `mim export` wrote with the slots of a run"):
+        TimmCheckpoint().to_recipe({})
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
-from mim_framework.layouts import ReadByOfficialNames, depth_of, part_of
+from mim_framework.layouts import Guess, ReadByOfficialNames, depth_of, part_of
 
 PARTS = {"encoder": "encoder.blocks.", "decoder": "heads.main.decoder.blocks."}
 SUFFIXES = {".w": ".weight", ".b": ".bias"}
@@ -43,7 +43,12 @@ class DalleCheckpoint(CheckpointFormat):
                 "init_dim": len(state["decoder.blocks.input.w"]),
             }
         return {
-            "views": {"type": "image", "img_size": 112, "mean": [0.0] * in_chans, "std": [1.0] * in_chans},
+            "views": {
+                "type": "image",
+                "img_size": Guess(112, "half of BEiT's 224"),
+                "mean": [0.0] * in_chans,
+                "std": [1.0] * in_chans,
+            },
             "masker": {"type": "none"},
             "encoder": encoder,
             "target": {"type": "dvae_pixels"},

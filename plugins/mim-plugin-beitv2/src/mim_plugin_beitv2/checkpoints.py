@@ -12,7 +12,7 @@ from mim_plugin_beit import checkpoints as beit
 from torch import Tensor
 
 from mim_framework import CheckpointError, CheckpointFormat
-from mim_framework.layouts import INSIDE_BLOCKS, ReadByOfficialNames, part_of, renamed, vit_options
+from mim_framework.layouts import INSIDE_BLOCKS, Guess, ReadByOfficialNames, part_of, renamed, vit_options
 
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
 OUR_PLACES = {
@@ -76,6 +76,12 @@ class OfficialVQKDCheckpoint(CheckpointFormat):
             "teachers": {teacher: teacher_encoder and {"encoder": teacher_encoder}},
         }
 
+    def remarks(self, state: dict[str, Tensor]) -> list[str]:
+        """Which published teacher a width stands for is nowhere written."""
+        width = len(state["decode_task_layer.2.weight"]) if "decode_task_layer.2.weight" in state else 512
+        name = TEACHERS.get(width, ("teacher",))[0]
+        return [f"guess: teachers.{name}, by the {width} values that the published tokenizers of this teacher predict"]
+
     def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Statistics, the teacher and what belongs to it are left out."""
         places = {name: our_name(name) for name in state}
@@ -123,10 +129,10 @@ class TimmVQKDCheckpoint(CheckpointFormat):
         return False
 
     def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
-        raise ValueError("it is written only")
+        raise ValueError("it is written only, without the codes; import what `mim export --to official` writes")
 
     def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise ValueError("it is written only")
+        raise ValueError("it is written only, without the codes; import what `mim export --to official` writes")
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         exported = {}
@@ -159,6 +165,7 @@ class OfficialCheckpoint(beit.OfficialCheckpoint):
         slots = super().to_recipe(without_aggregation(state))
         img_size, depth = slots["views"]["img_size"], slots["encoder"]["depth"]
         added = {name.split(".")[1] for name in state if name.startswith("cls_pt_layers.")}
+        early = EARLY_LAYERS.get(depth)
         return slots | {
             "views": {
                 "type": "beit",
@@ -167,10 +174,10 @@ class OfficialCheckpoint(beit.OfficialCheckpoint):
                 "second_interpolation": "bicubic",
                 "scale": [0.2, 1.0],
             },
-            "masker": {"type": "block", "mask_ratio": beit.MASK_RATIO, "rule": "exact"},
+            "masker": {"type": "block", "mask_ratio": Guess(beit.MASK_RATIO, beit.PUBLISHED_MASKS), "rule": "exact"},
             "objective": {
                 "type": "beit_v2",
-                "early_layers": EARLY_LAYERS.get(depth),
+                "early_layers": early and Guess(early, f"that of the published model of {depth} blocks"),
                 "head_layers": len(added),
                 "shared_head": "cls_pt_lm_head.weight" not in state,
             },

@@ -138,7 +138,7 @@ def test_the_tokenizer_of_the_file_gives_its_token_ids(case: BEiTv2Case, tmp_pat
     options = {
         "encoder.num_heads": sizes["num_heads"],
         "decoder.num_heads": sizes["num_heads"],
-        "teachers.teacher": {"encoder": teacher},
+        "teachers.teacher": {"encoder": teacher, "random": True},
     }
     report = import_checkpoint(tmp_path / "vqkd.pth", tmp_path / "vqkd", options=options)
     assert not report.missing

@@ -74,7 +74,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
         options={
             "encoder.num_heads": config["encoder_num_heads"],
             "decoder.num_heads": config["decoder_num_heads"],
-            "teachers.teacher": {"encoder": {**teacher, "num_heads": 2}},
+            "teachers.teacher": {"encoder": {**teacher, "num_heads": 2}, "random": True},
         },
         changes={"encoder": {"decay": config["decay"], "beta": config["beta"]}},
     )

@@ -9,13 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
-from mim_framework.layouts import INSIDE_BLOCKS, depth_of, part_of, renamed
+from mim_framework.layouts import INSIDE_BLOCKS, Guess, depth_of, guessed_heads, part_of, renamed
 
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
 HEAD_NAMES = {"pred_head.transforms.0.0.": "norm.", "pred_head.projections.0.": "head."}
 """The official head, by its names in the core's `linear` decoder."""
 HEADS_OF_WIDTH = {768: 12, 1024: 16}  # ViT-B and -L: no shape tells it
 BINS_OF_ALL_COLOURS = 27
+TOLD_BY_SLOWFAST = {
+    "views.img_size": "DATA.TRAIN_CROP_SIZE",
+    "views.mean": "DATA.MEAN",
+    "views.std": "DATA.STD",
+    "masker.mask_ratio": "AUG.MASK_RATIO",
+    "encoder.num_heads": "MVIT.NUM_HEADS",
+}
+"""Option of a slot -> where SlowFast's configuration has it."""
 
 
 class OfficialCheckpoint(CheckpointFormat):
@@ -31,6 +39,11 @@ class OfficialCheckpoint(CheckpointFormat):
     def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
         encoder = encoder_options(state)
         return recipe_of(state, encoder, state["pred_head.projections.0.bias"], decoder={"norm": True})
+
+    def told_by(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """SlowFast keeps its whole configuration as text."""
+        found = {where: options.get(name) for where, name in TOLD_BY_SLOWFAST.items()}
+        return super().told_by(options) | {where: value for where, value in found.items() if value is not None}
 
     def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The filters of the official HOG are computed here, not loaded."""
@@ -67,10 +80,18 @@ class TimmCheckpoint(CheckpointFormat):
         return False  # MAE's layout has these names too, and reads them
 
     def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
-        raise ValueError("it can be written only; import official checkpoints")
+        raise ValueError(
+            "the tensors do not tell the target; it reads only what `mim export` wrote with the slots of a run"
+        )
 
     def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise ValueError("it can be written only; import official checkpoints")
+        return {ENCODER + name: tensor for name, tensor in state.items()}
+
+    def adapt(self, found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The norm is that of the head if the encoder has none."""
+        if ENCODER + "norm.weight" in wanted or DECODER + "norm.weight" not in wanted:
+            return found
+        return {name.replace(ENCODER + "norm.", DECODER + "norm."): tensor for name, tensor in found.items()}
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         exported = encoder_state(state)
@@ -86,6 +107,15 @@ class MViTTimmCheckpoint(TimmCheckpoint):
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return part_of(state, DECODER + "norm.", "norm.") | part_of(state, ENCODER + "model.")
+
+    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            ENCODER + ("" if name.startswith("norm.") else "model.") + name: tensor for name, tensor in state.items()
+        }
+
+    def adapt(self, found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        norm = DECODER if DECODER + "norm.weight" in wanted else ENCODER + "model."
+        return {name.replace(ENCODER + "norm.", norm + "norm."): tensor for name, tensor in found.items()}
 
 
 class MMPretrainCheckpoint(CheckpointFormat):
@@ -137,7 +167,7 @@ def recipe_of(
     target = {"type": "hog", "cell_size": patch_size // cells_per_side if cells_per_side else None}
     return {
         "views": {"type": "image", "img_size": side * patch_size},
-        "masker": {"type": "block", "mask_ratio": 0.4, "rule": rule},
+        "masker": {"type": "block", "mask_ratio": Guess(0.4, "that of the paper"), "rule": rule},
         "encoder": {"type": "maskfeat_vit", **encoder},
         "target": {**target, "gaussian_window": gaussian_window},
         "decoder": {"type": "linear", **(decoder or {})},
@@ -152,7 +182,7 @@ def encoder_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "patch_size": state["patch_embed.proj.weight"].shape[-1],
         "embed_dim": embed_dim,
         "depth": depth_of(state),
-        "num_heads": HEADS_OF_WIDTH.get(embed_dim),
+        "num_heads": guessed_heads(HEADS_OF_WIDTH, embed_dim),
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
     }
 

@@ -7,6 +7,8 @@ from typing import Any
 from mim_plugin_mae.checkpoints import MMPretrainCheckpoint as MAECheckpoint
 from torch import Tensor
 
+from mim_framework.layouts import Guess
+
 FUSION = "backbone.proj_"
 LEVELS_OF_MODEL = {(12, 6): [0, 2, 4, 6, 8, 11]}
 """(blocks, levels) -> which blocks they are, for the published models; no tensor tells it."""
@@ -23,7 +25,9 @@ class MMPretrainCheckpoint(MAECheckpoint):
     def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
         slots = super().to_recipe(_without_fusion(state))
         size = (slots["encoder"]["depth"], len(state["backbone.proj_weights"]))
-        objective = {"type": "mff", "layers": LEVELS_OF_MODEL.get(size)}
+        layers = LEVELS_OF_MODEL.get(size)
+        guess = layers and Guess(layers, f"those of the published model of {size[0]} blocks and {size[1]} levels")
+        objective = {"type": "mff", "layers": guess}
         return slots | {"views": slots["views"] | {"type": "resized_crop"}, "objective": objective}
 
     def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

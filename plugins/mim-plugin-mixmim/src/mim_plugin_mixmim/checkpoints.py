@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat, Grid
-from mim_framework.layouts import INSIDE_BLOCKS, ReadByOfficialNames, depth_of, part_of, renamed
+from mim_framework.layouts import INSIDE_BLOCKS, Guess, ReadByOfficialNames, depth_of, guessed_heads, part_of, renamed
 from mim_framework.nn import relative_position_index
 
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
@@ -37,9 +37,9 @@ class OfficialCheckpoint(CheckpointFormat):
     def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
         return {
             "views": {"type": "image", "img_size": img_size_of(state)},
-            "masker": {"type": "mixmim"},
+            "masker": {"type": "mixmim", "mask_ratio": Guess(0.5, "that of the paper")},
             "encoder": {"type": "mixmim_swin", **encoder_options(state)},
-            "target": {"type": "pixels"},
+            "target": {"type": "pixels", "norm_pix_loss": Guess(False, "the default of the official script")},
             "decoder": {"type": "mixmim_decoder", **decoder_options(state)},
             "loss": {"type": "mse"},
         }
@@ -143,7 +143,7 @@ def decoder_options(state: dict[str, Tensor]) -> dict[str, Any]:
     return {
         "embed_dim": embed_dim,
         "depth": depth_of(state, "decoder_blocks"),
-        "num_heads": DECODER_HEADS_OF_WIDTH.get(embed_dim),
+        "num_heads": guessed_heads(DECODER_HEADS_OF_WIDTH, embed_dim),
         "mlp_ratio": len(state["decoder_blocks.0.mlp.fc1.weight"]) / embed_dim,
     }
 

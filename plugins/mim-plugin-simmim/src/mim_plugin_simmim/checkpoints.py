@@ -8,6 +8,7 @@ mmpretrain merges with `Unfold`, which puts channels before places.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
@@ -16,18 +17,27 @@ from torch import Tensor
 from mim_framework import CheckpointFormat
 from mim_framework.layouts import (
     INSIDE_BLOCKS,
+    Guess,
     ReadByOfficialNames,
     part_of,
     renamed,
     to_timm_beit,
     unfold_to_places,
     vit_options,
+    with_shared_table,
 )
 
 ENCODER, HEAD = "encoder.", "heads.main.decoder.head."
 COMPUTED = ("relative_position_index", "attn_mask", "relative_coords_table")
 """Buffers in checkpoints that follow from the sizes."""
 IN_CHANS = 3
+TOLD_BY_CONFIG = {
+    "views.img_size": "DATA.IMG_SIZE",
+    "masker.mask_ratio": "DATA.MASK_RATIO",
+    "masker.mask_patch_size": "DATA.MASK_PATCH_SIZE",
+    "encoder.num_heads": "MODEL.VIT.NUM_HEADS",
+}
+"""Option of a slot -> where the official configuration has it."""
 
 
 def head_to_ours(tensor: Any) -> Any:
@@ -73,6 +83,11 @@ class SimMIMCheckpoint(CheckpointFormat):
             if HEAD + part in state and len(state[HEAD + part]) == IN_CHANS * stride**2:
                 exported[f"decoder.0.{part}"] = head_to_official(state[HEAD + part])
         return exported
+
+    def told_by(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The official configuration; its numbers of heads are those of a ViT, as those of a Swin stand in tensors."""
+        found = {where: options.get(name) for where, name in TOLD_BY_CONFIG.items()}
+        return super().told_by(options) | {where: value for where, value in found.items() if value is not None}
 
     def our_name(self, name: str) -> str:
         return name
@@ -123,7 +138,7 @@ class OfficialSwinCheckpoint(SimMIMCheckpoint):
         first = [f"encoder.layers.{stage}.blocks.0.attn." for stage in range(len(depths))]
         v2 = first[0] + "logit_scale" in state
         patch_size = state["encoder.patch_embed.proj.weight"].shape[-1]
-        dim = state["encoder.mask_token"].shape[-1]
+        dim = len(state["encoder.patch_embed.proj.weight"])
         return slots(
             self.img_size(state, depths, patch_size),
             {
@@ -200,6 +215,16 @@ class TimmSwinCheckpoint(OfficialSwinCheckpoint):
     def recognises(self, state: dict[str, Tensor]) -> bool:
         return False
 
+    def official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The official names, whose merging stands one stage earlier."""
+        return {ENCODER + shift_merging(name, -1): tensor for name, tensor in state.items()}
+
+    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        return super().to_recipe(self.official(state))
+
+    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return super().import_state(self.official(state))
+
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if "encoder.absolute_pos_embed" in state:
             raise ValueError("timm's Swin has no absolute positions (absolute_position: true)")
@@ -214,15 +239,38 @@ class TimmViTCheckpoint(OfficialViTCheckpoint):
     def recognises(self, state: dict[str, Tensor]) -> bool:
         return False
 
+    def to_recipe(self, state: dict[str, Tensor]) -> dict[str, Any]:
+        img_size, options = vit_options(state)
+        return slots(img_size, {"type": "simmim_vit", **options})
+
+    def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return super().import_state({ENCODER + name: tensor for name, tensor in state.items()})
+
+    def adapt(self, found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return with_shared_table(found, wanted)
+
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return to_timm_beit(part_of(state, ENCODER))
+
+
+def mask_cell(slots: Mapping[str, Mapping[str, Any]]) -> int:
+    """Side of a mask cell in pixels: whole tokens, two cells or more a side, at most 32 if it can."""
+    encoder, img_size = slots["encoder"], slots["views"]["img_size"]
+    token = encoder["patch_size"] * 2 ** (len(encoder.get("depths", [0])) - 1)
+    fitting = [side for side in range(token, 33, token) if img_size % side == 0 and img_size > side]
+    return max(fitting, default=token)
 
 
 def slots(img_size: int | None, encoder: dict[str, Any]) -> dict[str, Any]:
     """A recipe's slots around an encoder."""
     return {
         "views": {"type": "image", "img_size": img_size},
-        "masker": {"type": "random", "mask_ratio": 0.6, "mask_patch_size": 32, "rounding": "hide_ceil"},
+        "masker": {
+            "type": "random",
+            "mask_ratio": Guess(0.6, "that of the paper"),
+            "mask_patch_size": Guess(mask_cell, "32 as in the paper, or the largest that divides the image"),
+            "rounding": "hide_ceil",
+        },
         "encoder": encoder,
         "target": {"type": "pixels"},
         "decoder": {"type": "linear", "init": "torch"},

@@ -1,0 +1,48 @@
+"""What `mim export` writes beside the tensors, so that an import need not guess: the slots of the run, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mim_framework.assembly.builder import Model
+
+RECORD = "mim_framework"
+"""Key of the record: in the metadata of a safetensors file as JSON, in one of `torch.save` as a dictionary."""
+FORMAT = 1
+SLOTS = ("views", "masker", "encoder", "target", "decoder", "loss", "heads", "objective", "teachers")
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """The layout of an export, and the slots of the run that it comes from."""
+
+    layout: str
+    slots: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, model: Model, layout: str) -> ExportRecord:
+        """The slots with all their options; a size that the recipe left to its tokenizer is written out."""
+        data = model.recipe.model_dump(mode="json", exclude_none=True, include=set(SLOTS))
+        slots = {slot: data[slot] for slot in SLOTS if data.get(slot)}
+        for name, section in model.recipe.named_heads().items():
+            where = slots["heads"][name] if "heads" in slots else slots
+            where["target"] = section.target.model_dump(mode="json")
+            if section.target.options.get("vocab_size", 0) is None:
+                where["target"]["vocab_size"] = model.objective.heads[name].target.spec.dim
+        return cls(layout, slots)
+
+    def data(self) -> dict[str, Any]:
+        """Dictionaries, lists, texts and numbers alone."""
+        return {"format": FORMAT, "layout": self.layout, "slots": self.slots}
+
+    @classmethod
+    def read(cls, data: Any) -> ExportRecord | None:
+        """The record in a file; None if there is none, or one of another format or kind."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            return None
+        layout, slots = data.get("layout"), data.get("slots")
+        if not isinstance(layout, str) or not isinstance(slots, dict):
+            return None
+        known = {slot: slots[slot] for slot in SLOTS if isinstance(slots.get(slot), dict)}
+        return cls(layout, known) if known.keys() >= {"views", "encoder"} else None
