@@ -105,7 +105,7 @@ def test_two_heads_learn_the_ids_of_a_tokenizer_that_stays_frozen_to_the_bit(tmp
         tmp_path,
         lambda model: state_of(model.teachers["vqkd"]),
         "train.steps=20",
-        teachers={"vqkd": {"encoder": "tokenizer"}},
+        teachers={"vqkd": {"encoder": "tokenizer", "random": True}},
         heads=heads,
         **NO_HEAD,
     )
