@@ -145,11 +145,15 @@ class Pred:
 
 @dataclass(frozen=True)
 class Sample:
-    """One item of a source: bytes or anything a view builder understands, a name for messages, maybe a label."""
+    """One item of a source: bytes or anything a view builder understands, a name for messages, maybe a label.
+
+    `page`: which one of an encoded file of several pages or frames, from 0.
+    """
 
     data: Any
     name: str
     label: int | None = None
+    page: int = 0
 
 
 class Measured(NamedTuple):

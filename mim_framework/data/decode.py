@@ -4,9 +4,14 @@ Pillow is the floor and the judge: it reads every header, and whatever it refuse
 installed, takes over whole JPEGs in plain RGB, where its pixels are the same. The policy for odd images:
 
 - EXIF orientation is always applied; a damaged EXIF block counts as none. Colour profiles are ignored.
-- 16-bit images are scaled by their bit depth, not clipped; 32-bit and float ones have no stated range and are refused.
-- Transparent pixels are composited on white, as a viewer shows them; what lies beneath them is arbitrary.
-- CMYK, palette, greyscale and bilevel images become RGB. Of an animation, the first frame is taken.
+- Values deeper than 8 bits are scaled by the range that the caller gives, or the file states (a depth of 12 bits, the
+  largest value of a PGM). 16 bits state none, since most cameras and scanners fill a part of them; as 32-bit and float
+  images, they are refused without a range.
+- Transparent pixels are composited on white, as a viewer shows them; what lies beneath them is arbitrary. A TIFF whose
+  fourth band is called alpha is refused unless the caller says what it is; one that is not called so is measured.
+- CMYK, palette, greyscale and bilevel images become RGB, or grey where one channel is wanted. Other numbers of channels
+  are those of the file.
+- Of several pages or frames one is taken.
 - A truncated file is broken even if its beginning could be shown.
 """
 
@@ -18,6 +23,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -29,6 +35,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mim_framework.base.errors import BrokenImage, DataError
+from mim_framework.data.tiff import Bands, UnreadableBands, open_bands
+from mim_framework.data.values import RGB, Alpha, Depth, Range, UnsupportedValues, Wanted, called_alpha, depth_of
 
 JpegBackend = Literal["auto", "pillow", "torchcodec"]
 """What decodes plain JPEGs; `auto` is the faster one that is installed."""
@@ -42,7 +50,6 @@ PILLOW_MAX_PIXELS = 2 * 89_478_485
 
 # Raster formats only: others that Pillow opens run external programs (EPS) or hold no picture.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-_MODES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LA", "PA", "RGBA", "RGBa"}
 _RESAMPLING = {
     "bicubic": pil.Resampling.BICUBIC,
     "bilinear": pil.Resampling.BILINEAR,
@@ -69,34 +76,47 @@ def open_image(
     max_pixels: int = MAX_PIXELS,
     decoder: JpegBackend = "auto",
     scaled_decode: bool = True,
+    in_chans: int = RGB,
+    value_range: Range | None = None,
+    alpha: Alpha = "auto",
+    page: int = 0,
 ) -> Image:
     """Read the header of an image; its pixels are decoded when `Image.crop` asks for them.
 
     Args:
-        data: encoded bytes, a Pillow image, or a uint8 array (H, W) or (H, W, 3).
+        data: encoded bytes, a Pillow image, or an array (H, W) or (H, W, bands): uint8, or of values that `value_range`
+            is for.
         name: names the sample in messages.
         max_pixels: images whose header claims more are refused before anything is decoded.
         decoder: what decodes whole RGB JPEGs; `auto` takes torchcodec if it is installed, else Pillow.
         scaled_decode: decode a JPEG at 1/2, 1/4 or 1/8 size where a crop still has twice the resolution it needs.
+        in_chans: channels of the crops: 1 is grey, 3 is RGB, another number must be that of the file's bands.
+        value_range: the values that become 0 and 255, in files deeper than 8 bits.
+        alpha: `white` composites on it, `drop` leaves the band out, `keep` takes it for a channel; `auto` is `white`,
+            but refuses a TIFF, as many writers call any fourth band alpha.
+        page: of a file of several pages or frames, from 0.
 
     Raises:
         BrokenImage: if the image cannot be used.
         DataError: if `decoder` is `torchcodec`, which cannot be imported.
     """
+    wanted = Wanted(in_chans, value_range, alpha)
     if not isinstance(data, bytes):
-        image = data if isinstance(data, pil.Image) else _from_array(data, name)
-        _check_size(image, name, max_pixels)
-        return Image(image, None, name, torchcodec=None, scaled_decode=False)
+        found = data if isinstance(data, pil.Image) else _from_array(data, name)
+        _check_size(found, name, max_pixels)
+        return Image(found, None, name, wanted=wanted)
     if not data:
         raise BrokenImage(name, "empty", "the file has no bytes")
     decode_jpeg = jpeg_decoder(decoder)
     try:
-        image = _open(data)
-        _check_size(image, name, max_pixels)
-        return Image(image, data, name, torchcodec=decode_jpeg, scaled_decode=scaled_decode)
+        opened = open_bands(data, page) or _open(data, page)
+        _check_size(opened, name, max_pixels)
+        return Image(opened, data, name, torchcodec=decode_jpeg, scaled_decode=scaled_decode, wanted=wanted, page=page)
     except UnidentifiedImageError:
         detail = f"no picture in a format that is read ({', '.join(_formats())}); it begins with {data[:16]!r}"
         raise BrokenImage(name, "not_an_image", detail) from None
+    except UnsupportedValues as error:
+        raise BrokenImage(name, "unsupported", str(error)) from None
     except (BrokenImage, MemoryError):
         raise
     except Exception as error:
@@ -110,19 +130,37 @@ class Image:
     """
 
     def __init__(
-        self, image: pil.Image, data: bytes | None, name: str, *, torchcodec: Callable | None, scaled_decode: bool
+        self,
+        image: pil.Image | Bands | Array,
+        data: bytes | None,
+        name: str,
+        *,
+        torchcodec: Callable | None = None,
+        scaled_decode: bool = False,
+        wanted: Wanted = Wanted(),
+        page: int = 0,
     ) -> None:
-        orientation = _orientation(image)
-        self._transpose, self._flip_rows, self._flip_columns = _ORIENTATIONS[orientation]
         self.name = name
-        self.size: tuple[int, int] = image.size if self._transpose else image.size[::-1]
-        self._bits = _bits(image)
+        self._wanted = wanted
         self._file = image
-        self._data = data
-        jpeg = image.format in ("JPEG", "MPO")
-        self._scales = (8, 4, 2) if jpeg and scaled_decode else ()
-        whole_in_torchcodec = image.format == "JPEG" and image.mode == "RGB" and orientation == 1
-        self._torchcodec = torchcodec if whole_in_torchcodec else None
+        self._data, self._page = data, page
+        self._scales: tuple[int, ...] = ()
+        self._torchcodec = None
+        self._depth: Depth | None = None
+        self._range: Range | None = None
+        if isinstance(image, pil.Image):
+            self._depth = depth_of(image, data)  # before a PNG is loaded for its orientation
+            orientation, stored = _orientation(image), image.size[::-1]
+            if image.format == "TIFF" and image.has_transparency_data and wanted.alpha == "auto":
+                raise UnsupportedValues(called_alpha(len(image.getbands())))
+            if image.format in ("JPEG", "MPO") and scaled_decode and not page:
+                self._scales = (8, 4, 2)
+            if image.format == "JPEG" and image.mode == "RGB" and orientation == 1 and wanted.in_chans == RGB:
+                self._torchcodec = torchcodec
+        else:
+            orientation, stored = image.orientation, image.size
+        self._transpose, self._flip_rows, self._flip_columns = _ORIENTATIONS.get(orientation, _ORIENTATIONS[1])
+        self.size: tuple[int, int] = stored[::-1] if self._transpose else stored
         self._pixels: pil.Image | Tensor | None = None
         self._scale = 1
 
@@ -136,7 +174,7 @@ class Image:
         flip: bool = False,
         interpolation: Interpolation = "bicubic",
     ) -> Tensor:
-        """A region of the full-resolution image, resized with antialiasing: uint8 (3, *out_size).
+        """A region of the full-resolution image, resized with antialiasing: uint8 (C, *out_size).
 
         Pixels outside of the region do not bleed into it. With `scaled_decode` a JPEG may be decoded at a lower scale,
         as long as the region keeps twice the output resolution; on photographs the result is then within 1.5 of 255
@@ -155,7 +193,7 @@ class Image:
         with self._broken_if_it_fails():
             pixels = self._decode(scale)
             box = [edge / self._scale for edge in (left, top, left + width, top + height)]
-            resized = _resized_crop(pixels, box, out_size, interpolation, self._bits)
+            resized = _resized_crop(pixels, box, out_size, interpolation, self._wanted, self._range)
         if self._transpose:
             resized = resized.transpose(1, 2)
         dims = [dim for dim, reverse in ((1, self._flip_rows), (2, self._flip_columns != flip)) if reverse]
@@ -167,16 +205,22 @@ class Image:
         """Change the pixels of the whole picture, such as its colours, before regions are cut from it.
 
         Args:
-            adjust: RGB picture -> RGB picture of the same size.
+            adjust: RGB or grey picture -> another of the same kind and size.
             height, width, out_size: of the most detailed `crop` that will follow, which decides the scale.
 
         Raises:
             BrokenImage: if the pixels cannot be decoded.
+            ValueError: if crops have other numbers of channels than 1 or 3.
         """
+        if self._wanted.in_chans not in (1, RGB):
+            raise ValueError(
+                f"only grey and RGB pictures can be changed, this one has {self._wanted.in_chans} channels"
+            )
         with self._broken_if_it_fails():
             pixels = self._decode(self._scale_for(height, width, out_size))
-            self._pixels = adjust(_to_rgb(_to_pillow(pixels), self._bits))
-        self._bits = 8
+            whole = pixels if isinstance(pixels, Tensor) else self._wanted.eight_bit(pixels, self._range)
+            self._pixels = adjust(_to_pillow(whole))
+        self._range = None
 
     @contextmanager
     def _broken_if_it_fails(self) -> Iterator[None]:
@@ -185,7 +229,7 @@ class Image:
             yield
         except MemoryError:
             raise
-        except _UnsupportedMode as error:
+        except (UnsupportedValues, UnreadableBands) as error:
             raise BrokenImage(self.name, "unsupported", str(error)) from None
         except Exception as error:
             raise _broken(self.name, error) from error
@@ -206,8 +250,11 @@ class Image:
         """The pixels as stored, at 1/scale size or finer; `self._scale` is the scale they have."""
         if self._pixels is not None and self._scale <= scale:
             return self._pixels
+        if not isinstance(self._file, pil.Image):
+            self._pixels = self._bands(self._file)
+            return self._pixels
         if self._pixels is not None:  # decoded too coarsely for this crop: Pillow decodes a file only once
-            self._file = _open(self._data)
+            self._file = _open(self._data, self._page)
         self._scale = scale if scale > 1 and self._draft(scale) else 1
         if self._scale == 1 and self._torchcodec is not None:
             try:
@@ -217,7 +264,20 @@ class Image:
                 self._torchcodec = None
         self._file.load()
         self._pixels = self._file
+        if self._depth is not None:
+            what = f"pixels of Pillow mode '{self._file.mode}'" if not self._depth.high_byte else "16-bit colours"
+            self._range = self._wanted.range_of(self._depth, self._file, what)
         return self._pixels
+
+    def _bands(self, stored: Bands | Array) -> Tensor:
+        """uint8 (C, H, W) of values that do not go through Pillow."""
+        values = stored.read()
+        value_range = None
+        if values.dtype != np.uint8:
+            bands = values.shape[2]
+            what = f"{bands} bands of {values.dtype}" if bands > 1 else f"pixels of {values.dtype}"
+            value_range = self._wanted.range_of(Depth(), values, what)
+        return self._wanted.of_bands(values, value_range, alpha=stored.alpha, colour=stored.colour)
 
     def _draft(self, scale: int) -> bool:
         """Ask libjpeg for 1/scale size."""
@@ -225,64 +285,48 @@ class Image:
         return self._file.draft(None, (width // scale, height // scale)) is not None
 
 
-class _UnsupportedMode(Exception):
-    """Pixels that have no defined conversion to 8-bit RGB."""
-
-
 def _resized_crop(
-    pixels: pil.Image | Tensor, box: list[float], out_size: tuple[int, int], interpolation: str, bits: int
+    pixels: pil.Image | Tensor,
+    box: list[float],
+    out_size: tuple[int, int],
+    interpolation: str,
+    wanted: Wanted,
+    value_range: Range | None,
 ) -> Tensor:
-    """box (left, top, right, bottom) of `pixels`, whole or fractional -> uint8 (3, *out_size)."""
+    """box (left, top, right, bottom) of `pixels`, whole or fractional -> uint8 (C, *out_size)."""
     left, top, right, bottom = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
     whole = box == [left, top, right, bottom]
     if isinstance(pixels, Tensor):
         region = pixels[:, top:bottom, left:right]
     else:
-        region = _to_rgb(pixels.crop((left, top, right, bottom)), bits)
+        region = wanted.eight_bit(pixels.crop((left, top, right, bottom)), value_range)
     if whole and interpolation != "lanczos":
         # torch resizes uint8 about four times faster than Pillow, to within 2 levels of it
         batch = _to_tensor(region)[None]
         return interpolate(batch, out_size, mode=interpolation, antialias=True, align_corners=False)[0]
     inside = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
-    return _to_tensor(_to_pillow(region).resize(out_size[::-1], _RESAMPLING[interpolation], box=inside))
+    return _resized_by_pillow(region, inside, out_size, _RESAMPLING[interpolation])
+
+
+def _resized_by_pillow(region: pil.Image | Tensor, box: Any, out_size: tuple[int, int], filter: Any) -> Tensor:
+    if isinstance(region, Tensor) and len(region) not in (1, RGB):
+        return torch.cat([_resized_by_pillow(band[None], box, out_size, filter) for band in region])
+    return _to_tensor(_to_pillow(region).resize(out_size[::-1], filter, box=box))
 
 
 def _to_tensor(image: pil.Image | Tensor) -> Tensor:
-    """RGB to uint8 (3, H, W), channels last in memory."""
-    return image if isinstance(image, Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """Grey or RGB to uint8 (1 or 3, H, W), RGB with channels last in memory."""
+    if isinstance(image, Tensor):
+        return image
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def _to_pillow(image: pil.Image | Tensor) -> pil.Image:
     """The inverse of `_to_tensor`."""
-    return pil.fromarray(image.permute(1, 2, 0).numpy()) if isinstance(image, Tensor) else image
-
-
-def _to_rgb(image: pil.Image, bits: int) -> pil.Image:
-    """Any mode that has a defined meaning in 8-bit RGB.
-
-    Raises:
-        _UnsupportedMode: for the others.
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
+    if not isinstance(image, Tensor):
         return image
-    if bits > 8:
-        # the high byte, as Pillow itself takes it of 16-bit colour; its conversion of 16-bit grey clips to white
-        return pil.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8)).convert("RGB")
-    if image.mode not in _MODES:
-        raise _UnsupportedMode(
-            f"pixels of Pillow mode '{image.mode}' have no stated range; save the image as 8-bit RGB"
-        )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _bits(image: pil.Image) -> int:
-    """Bit depth of the integers that `image` holds, 8 if they are bytes or have no stated depth."""
-    if image.mode.startswith("I;16"):
-        return int(image.tag_v2.get(ExifTags.Base.BitsPerSample, (16,))[0]) if image.format == "TIFF" else 16
-    return 16 if image.mode == "I" and image.format == "PPM" else 8  # Pillow scales a deep PGM to 16 bits
+    return pil.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy())
 
 
 def _orientation(image: pil.Image) -> int:
@@ -300,11 +344,31 @@ def _orientation(image: pil.Image) -> int:
     return orientation if orientation in _ORIENTATIONS else 1
 
 
-def _open(data: bytes) -> pil.Image:
+def _open(data: bytes, page: int = 0) -> pil.Image:
     with warnings.catch_warnings():
         # Pillow warns about damaged EXIF and about large images; the first is harmless, the second is checked here.
         warnings.simplefilter("ignore")
-        return pil.open(io.BytesIO(data), formats=_formats())
+        image = pil.open(io.BytesIO(data), formats=_formats())
+        if page:
+            image.seek(page)
+        return image
+
+
+def num_pages(data: bytes | str) -> int:
+    """Pages or frames of an encoded image, from its headers; 1 if it cannot be opened.
+
+    Args:
+        data: the bytes, or the path of a file.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pil.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_formats()) as image:
+                return max(1, getattr(image, "n_frames", 1))
+    except MemoryError:
+        raise
+    except Exception:  # the bytes are foreign; who reads the image says what is wrong with it
+        return 1
 
 
 @cache
@@ -314,16 +378,40 @@ def _formats() -> list[str]:
     return [name for name in _FORMATS if name in pil.OPEN]
 
 
-def _from_array(data: Any, name: str) -> pil.Image:
+@dataclass(frozen=True)
+class Array:
+    """Values (H, W, bands) that a source has decoded itself."""
+
+    values: np.ndarray
+    orientation = 1
+    alpha = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def colour(self) -> bool:
+        return self.values.shape[2] == RGB
+
+    def read(self) -> np.ndarray:
+        return self.values
+
+
+def _from_array(data: Any, name: str) -> pil.Image | Array:
     shape, dtype = getattr(data, "shape", None), getattr(data, "dtype", None)
-    if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)):
+    numbers = isinstance(data, np.ndarray) and dtype.kind in "uif" and dtype.itemsize <= 8
+    if not numbers or len(shape) not in (2, 3) or 0 in shape:
         what = f"an array {shape} of {dtype}" if shape is not None else f"a {type(data).__name__}"
-        raise BrokenImage(name, "unsupported", f"got {what}; a sample is bytes, a Pillow image or uint8 (H, W[, 3])")
-    return pil.fromarray(np.ascontiguousarray(data))
+        takes = "a sample is bytes, a Pillow image or an array (H, W[, bands]) of numbers"
+        raise BrokenImage(name, "unsupported", f"got {what}; {takes}")
+    if dtype == np.uint8 and (len(shape) == 2 or shape[2] == RGB):
+        return pil.fromarray(np.ascontiguousarray(data))
+    return Array(data.reshape(*shape[:2], -1))
 
 
-def _check_size(image: pil.Image, name: str, max_pixels: int) -> None:
-    width, height = image.size
+def _check_size(image: pil.Image | Bands | Array, name: str, max_pixels: int) -> None:
+    height, width = image.size[::-1] if isinstance(image, pil.Image) else image.size
     if width * height > max_pixels:
         raise BrokenImage(name, "too_large", f"{width}x{height} pixels, more than max_pixels={max_pixels}")
 

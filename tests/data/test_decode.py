@@ -122,14 +122,17 @@ def test_a_damaged_exif_block_counts_as_none():
 def test_16_bit_grey_is_scaled_not_clipped_to_white():
     grey = np.array([[0, 256, 32768, 65535]], np.uint16)
     expected = torch.tensor([[[0, 1, 128, 255]]] * 3, dtype=torch.uint8)
-    assert torch.equal(whole(encode(pil.fromarray(grey))), expected)
-    assert torch.equal(whole(encode(pil.fromarray(grey), "TIFF")), expected)
-    assert torch.equal(whole(b"P5 4 1 65535\n" + grey.astype(">u2").tobytes()), expected)
+    for data in (encode(pil.fromarray(grey)), encode(pil.fromarray(grey), "TIFF")):
+        assert torch.equal(whole(data, value_range=(0, 65535)), expected)
+    assert torch.equal(whole(b"P5 4 1 65535\n" + grey.astype(">u2").tobytes(), value_range=(0, 65535)), expected)
 
 
 def test_16_bit_colour_is_scaled():
     rows = b"\0" + struct.pack(">6H", 0, 32768, 65535, 256, 0, 65535)
-    assert whole(png(2, 1, 16, 2, rows)).tolist() == [[[0, 1]], [[128, 0]], [[255, 255]]]
+    data = png(2, 1, 16, 2, rows)
+    assert whole(data, value_range=(0, 65535)).tolist() == [[[0, 1]], [[128, 0]], [[255, 255]]]
+    assert "the largest value here is 65535" in str(broken(data))
+    assert "high byte only, too coarse for the range [0, 4095]" in str(broken(data, value_range=(0, 4095)))
 
 
 def test_12_bit_tiff_is_scaled_by_its_own_depth():
@@ -241,15 +244,20 @@ def test_a_header_that_claims_too_many_pixels_is_refused_before_decoding():
 def test_pixels_without_a_stated_range_are_unsupported():
     error = broken(encode(pil.new("F", (2, 2), 0.5), "TIFF"))
     assert error.cause == "unsupported"
-    assert "Pillow mode 'F'" in str(error)
+    assert "pixels of float32 have no stated range: the largest value here is 0.5" in str(error)
     assert broken(encode(pil.new("I", (2, 2), 70_000), "TIFF")).cause == "unsupported"
 
 
-@pytest.mark.parametrize("data", [np.zeros((2, 2), np.float32), np.zeros((3, 2, 2), np.uint8), "a.jpg", None])
+@pytest.mark.parametrize("data", [np.zeros((2, 2), complex), np.zeros((3, 2, 2, 2), np.uint8), "a.jpg", None])
 def test_samples_of_another_kind_are_unsupported(data):
     error = broken(data)
     assert error.cause == "unsupported"
-    assert "a sample is bytes, a Pillow image or uint8" in str(error)
+    assert "a sample is bytes, a Pillow image or an array (H, W[, bands]) of numbers" in str(error)
+
+
+def test_arrays_without_a_range_or_with_other_bands_are_unsupported():
+    assert "pixels of float32 have no stated range" in str(broken(np.zeros((2, 2), np.float32)))
+    assert "it has 2 bands, the views have 3 channels" in str(broken(np.zeros((3, 2, 2), np.uint8)))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM"])
