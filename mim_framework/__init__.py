@@ -44,7 +44,11 @@ _HOME = {
     "layouts.tables": ["unfold_to_places"],
     "base.precision": ["without_autocast"],
     "data.decode": ["Image", "Interpolation", "JpegBackend", "MAX_PIXELS", "PILLOW_MAX_PIXELS"],
-    "data.views": ["NUM_CROP_RANDOM", "ImageViews", "Share", "increasing", "jitter_color", "random_resized_crop_box"],
+    "data.values": ["Alpha"],
+    "data.views": [
+        "NUM_CROP_RANDOM", "ImageViews", "ImgSize", "Share", "height_width", "increasing", "jitter_color",
+        "one_for_each_channel", "random_resized_crop_box",
+    ],
 }  # fmt: skip
 _MODULE_OF = module_of_names(_HOME)
 

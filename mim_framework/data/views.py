@@ -13,7 +13,7 @@ from itertools import permutations
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from mim_framework.base.section import Section
@@ -32,6 +32,7 @@ from mim_framework.data.decode import (
 )
 from mim_framework.data.labels import LABEL
 from mim_framework.data.mixing import Mixing
+from mim_framework.data.values import Alpha
 
 MIXING_OPTIONS = ("mixup", "cutmix", "mixup_prob", "switch_prob", "label_smoothing")
 HUE = 3
@@ -79,7 +80,7 @@ def jitter_color(image: Any, rand: Sequence[float], strengths: Sequence[float]) 
     """Brightness, contrast, saturation and hue, in random order, as torchvision's `ColorJitter`.
 
     Args:
-        image: a Pillow image or a uint8 tensor (3, H, W).
+        image: a Pillow image or a uint8 tensor (3, H, W), or (1, H, W), whose saturation and hue stay.
         rand: uniform numbers in [0, 1), one for each strength, then one for the order.
         strengths: the first three change by factors in 1 +- strength, the hue turns by up to its strength (0.5 at most)
             either way. 0 leaves as it is; the hue may be left out.
@@ -110,22 +111,37 @@ def central_crop_box(height: int, width: int, ratio: tuple[float, float]) -> Box
     return Box((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
 
 
-def resized_center_crop(image: Image, img_size: int, interpolation: Interpolation) -> Tensor:
+def resized_center_crop(image: Image, img_size: int | Sequence[int], interpolation: Interpolation) -> Tensor:
     """The evaluation view of the official MAE code: short side to img_size * 256 / 224, then the central square.
 
-    The square is cut before the resize, so that the work is bounded for a panorama too. An image that is not larger
-    than `img_size` has no border to spare: its short side is resized to `img_size` itself.
+    Of a view that is no square, the largest central box of its shape, with as much border. The box is cut before the
+    resize, so that the work is bounded for a panorama too. An image that is not larger than the view has no border to
+    spare: its box is resized to the view itself.
 
     Returns:
-        uint8 (3, img_size, img_size).
+        uint8 (C, height, width).
     """
-    height, width = image.size
-    short = min(height, width)
-    square = Box((height - short) // 2, (width - short) // 2, short, short)
-    resized_size = img_size if short <= img_size else img_size * 256 // 224
-    resized = image.crop(*square, (resized_size, resized_size), interpolation=interpolation)
-    border = (resized_size - img_size) // 2
-    return resized[:, border : border + img_size, border : border + img_size].contiguous()
+    height, width = height_width(img_size)
+    box = central_crop_box(*image.size, (width / height, width / height))
+    if box.height <= height or box.width <= width:
+        return image.crop(*box, (height, width), interpolation=interpolation)
+    enlarged = height * 256 // 224, width * 256 // 224
+    resized = image.crop(*box, enlarged, interpolation=interpolation)
+    top, left = (enlarged[0] - height) // 2, (enlarged[1] - width) // 2
+    return resized[:, top : top + height, left : left + width].contiguous()
+
+
+Side = Annotated[int, Field(gt=0, strict=True)]
+ImgSize = Side | tuple[Side, Side]
+"""Option: pixels of a square, or [height, width]."""
+
+
+def height_width(img_size: int | Sequence[int]) -> tuple[int, int]:
+    """An option of type `ImgSize` as (height, width)."""
+    if isinstance(img_size, int):
+        return img_size, img_size
+    height, width = img_size
+    return height, width
 
 
 def increasing(interval: tuple[float, float]) -> tuple[float, float]:
@@ -137,6 +153,23 @@ def increasing(interval: tuple[float, float]) -> tuple[float, float]:
     if interval[0] > interval[1]:
         raise ValueError(f"must be [smallest, largest], got {list(interval)}")
     return interval
+
+
+def one_for_each_channel(config: Any) -> Any:
+    """The config itself; for options of views with a `mean` and a `std`, which say how many channels there are.
+
+    Raises:
+        ValueError: if they have different lengths, or `value_range` is none.
+    """
+    mean, std = list(config.mean), list(config.std)
+    if len(mean) != len(std):
+        raise ValueError(
+            f"'mean' has {len(mean)} numbers, 'std' has {len(std)}: give both one for each channel, such as "
+            "mean: [0.5] and std: [0.25] for grey images"
+        )
+    if config.value_range is not None and config.value_range[0] >= config.value_range[1]:
+        raise ValueError(f"'value_range' must be [smallest, largest], got {list(config.value_range)}")
+    return config
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -151,20 +184,27 @@ class ImageViews(ViewBuilder):
     num_random = NUM_CROP_RANDOM + 1
 
     class Config(Section):
-        img_size: int = Field(224, gt=0)
-        """Height and width of the view, in pixels."""
+        img_size: ImgSize = 224
+        """Height and width of the view, in pixels: a number for a square, or [height, width]."""
         scale: Annotated[tuple[Share, Share], AfterValidator(increasing)] = (0.2, 1.0)
         """Smallest and largest share of the image's area that a crop covers."""
         ratio: Annotated[tuple[Positive, Positive], AfterValidator(increasing)] = (3 / 4, 4 / 3)
-        """Smallest and largest width / height of a crop."""
+        """Smallest and largest width / height of a crop, before it is resized to the shape of the view."""
         flip: float = Field(0.5, ge=0, le=1)
         """Probability of a horizontal flip."""
         interpolation: Interpolation = "bicubic"
         """Filter of the resize, always with antialiasing: bicubic, bilinear or lanczos."""
-        mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-        """Mean of each channel that is subtracted, for pixels in [0, 1]."""
-        std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+        mean: Annotated[tuple[float, ...], Field(min_length=1)] = (0.485, 0.456, 0.406)
+        """Mean of each channel that is subtracted, for pixels in [0, 1]. There are as many channels as numbers: one
+        makes images grey, three RGB, another number must be that of the bands of every file."""
+        std: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.229, 0.224, 0.225)
         """Standard deviation of each channel by which is divided, for pixels in [0, 1]."""
+        value_range: tuple[float, float] | None = None
+        """The values that become black and white in files deeper than 8 bits, such as [0, 4095] for a scanner of 12
+        bits; others are clipped. Without it, 16-bit, 32-bit and float files are refused, and told what they hold."""
+        alpha: Alpha = "auto"
+        """What happens to transparency: `white` composites on it, `drop` leaves the band out, `keep` takes it for one
+        more channel. `auto` is `white`, but refuses a TIFF, whose writers call any fourth band alpha."""
         max_pixels: int = Field(MAX_PIXELS, gt=0, le=PILLOW_MAX_PIXELS)
         """An image whose header claims more pixels is counted as broken, before anything of it is decoded."""
         decoder: JpegBackend = "auto"
@@ -184,12 +224,17 @@ class ImageViews(ViewBuilder):
         label_smoothing: float = Field(0.0, ge=0, lt=1)
         """Probability of a label that is spread over all classes, before labels are mixed."""
 
+        @model_validator(mode="after")
+        def _channels(self) -> ImageViews.Config:
+            return one_for_each_channel(self)
+
     config: Config
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
         c = self.config
-        self.specs = {"x": ViewSpec("x", size=(c.img_size, c.img_size), mean=c.mean, std=c.std)}
+        self.in_chans, self.size = len(c.mean), height_width(c.img_size)
+        self.specs = {"x": ViewSpec("x", size=self.size, in_chans=self.in_chans, mean=c.mean, std=c.std)}
         jpeg_decoder(c.decoder)  # imported before workers fork, and refused here if it is missing
         self._normalisation: dict[torch.device, tuple[Tensor, Tensor]] = {}
         if isinstance(c, ImageViews.Config):  # a subclass may have options of its own, without these
@@ -205,7 +250,15 @@ class ImageViews(ViewBuilder):
         """
         c = self.config
         return open_image(
-            sample.data, sample.name, max_pixels=c.max_pixels, decoder=c.decoder, scaled_decode=c.scaled_decode
+            sample.data,
+            sample.name,
+            max_pixels=c.max_pixels,
+            decoder=c.decoder,
+            scaled_decode=c.scaled_decode,
+            in_chans=self.in_chans,
+            value_range=getattr(c, "value_range", None),  # options of a subclass may lack them
+            alpha=getattr(c, "alpha", "auto"),
+            page=sample.page,
         )
 
     def __call__(self, sample: Sample, rand: Tensor) -> dict[str, Tensor]:
@@ -214,10 +267,10 @@ class ImageViews(ViewBuilder):
         image = self.open(sample)
         box = random_resized_crop_box(numbers, *image.size, c.scale, c.ratio)
         flip = numbers[NUM_CROP_RANDOM] < c.flip
-        return {"x": image.crop(*box, (c.img_size, c.img_size), flip, c.interpolation)}
+        return {"x": image.crop(*box, self.size, flip, c.interpolation)}
 
     def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
-        """x uint8 (B, 3, H, W) on the device -> normalised float32; in training mixed, and labels with them."""
+        """x uint8 (B, C, H, W) on the device -> normalised float32; in training mixed, and labels with them."""
         scale, shift = self._scale_and_shift(batch["x"].device)
         views = {**batch, "x": batch["x"].float().mul_(scale).add_(shift)}
         if self.mixes_labels and step is not None and LABEL in batch:
@@ -234,15 +287,15 @@ class ImageViews(ViewBuilder):
         return ViewSpec.of_kind("labels", given.name, self.num_classes, num_classes=given.num_classes)
 
     def evaluation_view(self, sample: Sample) -> Tensor:
-        return resized_center_crop(self.open(sample), self.config.img_size, self.config.interpolation)
+        return resized_center_crop(self.open(sample), self.size, self.config.interpolation)
 
     def to_image(self, view: Tensor) -> Tensor:
         scale, shift = self._scale_and_shift(view.device)
         return ((view - shift) / (scale * 255)).clamp(0, 1)
 
     def _scale_and_shift(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(pixel / 255 - mean) / std as pixel * scale + shift, each (3, 1, 1) and kept on the device."""
+        """(pixel / 255 - mean) / std as pixel * scale + shift, each (C, 1, 1) and kept on the device."""
         if device not in self._normalisation:
-            mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.config.mean, self.config.std))
+            mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (self.config.mean, self.config.std))
             self._normalisation[device] = 1 / (255 * std), -mean / std
         return self._normalisation[device]

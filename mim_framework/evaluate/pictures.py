@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mim_framework.contract.mask import Grid
+from mim_framework.runtime.metrics import as_picture
 
 # --- pictures --------------------------------------------------------------------------------------------------------
 
@@ -54,7 +54,8 @@ def reconstruction_picture(
     """A table of images with a caption above each column.
 
     Args:
-        rows: images (C, H, W) in [0, 1], all of one size, C = 1 or 3; values outside are clipped.
+        rows: images (C, H, W) in [0, 1], all of one size; values outside are clipped. Of other numbers of channels than
+            three, see `as_picture`.
         scale: factor of the nearest-neighbour enlargement; by default the smallest that makes the captions fit.
     """
     height, width = rows[0][0].shape[1:]
@@ -69,10 +70,5 @@ def reconstruction_picture(
         for column, image in enumerate(images):
             corner = (GAP + column * cell_width, CAPTION_HEIGHT + GAP + row * cell_height)
             enlarged = (width * scale, height * scale)
-            picture.paste(_to_pil(image).resize(enlarged, Image.Resampling.NEAREST), corner)
+            picture.paste(as_picture(image).resize(enlarged, Image.Resampling.NEAREST), corner)
     return picture
-
-
-def _to_pil(image: Tensor) -> Image.Image:
-    pixels = image.detach().float().cpu().nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8)
-    return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())

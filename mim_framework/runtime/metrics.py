@@ -173,10 +173,11 @@ def _drop_lines_after(step: int, path: Path) -> None:
 
 
 def as_picture(pixels: Tensor) -> Image:
-    """(1 or 3, H, W) in [0, 1] -> an RGB picture."""
+    """(C, H, W) in [0, 1] -> an RGB picture: grey of one or two channels, else the first three."""
     from PIL import Image
 
-    values = (pixels.detach().float().clamp(0, 1) * 255).round().byte().expand(3, -1, -1)
+    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1]
+    values = (shown.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte().expand(3, -1, -1)
     return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
 

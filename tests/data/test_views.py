@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import math
 import sys
 
@@ -12,7 +13,7 @@ from torchvision import transforms
 
 from mim_framework.base.errors import DataError
 from mim_framework.contract.records import Sample
-from mim_framework.data.decode import jpeg_decoder
+from mim_framework.data.decode import jpeg_decoder, open_image
 from mim_framework.data.views import (
     NUM_CROP_RANDOM,
     Box,
@@ -145,9 +146,70 @@ def test_the_evaluation_view_of_a_panorama_is_its_middle():
     assert resized_center_crop(views.open(Sample(pixels, "a")), 224, "bicubic").min() == 255
 
 
+def test_a_view_that_is_no_square_shows_the_same_crop_in_its_own_shape():
+    pixels = gradient(60, 90)
+    views = image_views(img_size=(16, 40), scale=(0.25, 0.25), ratio=(1, 1), flip=0)
+    rand = torch.full((views.num_random,), 0.5)
+    box = random_resized_crop_box(rand.tolist(), 60, 90, (0.25, 0.25), (1, 1))
+    assert views.specs["x"].img_size == (16, 40)
+    expected = views.open(Sample(pixels, "a")).crop(*box, (16, 40))
+    assert torch.equal(views(Sample(pixels, "a"), rand)["x"], expected)
+    by_number, by_pair = (image_views(img_size=size)(Sample(pixels, "a"), rand)["x"] for size in (16, (16, 16)))
+    assert torch.equal(by_number, by_pair)
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [((300, 400), (50, 0, 200, 400)), ((300, 1000), (0, 200, 300, 600)), ((100, 300), (0, 50, 100, 200))],
+)
+def test_the_evaluation_view_of_a_wide_view_is_the_largest_central_box_of_its_shape(size, box):
+    image = open_image(gradient(*size), "a")
+    got = resized_center_crop(image, (112, 224), "bicubic")
+    if min(size) <= 112:  # nothing to spare for a border
+        expected = image.crop(*box, (112, 224))
+    else:
+        expected = image.crop(*box, (128, 256))[:, 8:120, 16:240]
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 13])
+def test_there_are_as_many_channels_as_numbers_in_mean(count):
+    mean = tuple(0.1 * (i + 1) for i in range(count))
+    views = image_views(img_size=(8, 12), mean=mean, std=(0.5,) * count)
+    pixels = np.arange(16 * 16 * count, dtype=np.int64).reshape(16, 16, count).astype(np.uint8)
+    view = views(Sample(pixels, "a"), torch.full((views.num_random,), 0.5))["x"]
+    assert view.shape == views.evaluation_view(Sample(pixels, "a")).shape == (count, 8, 12)
+    assert (views.specs["x"].in_chans, views.specs["x"].img_size) == (count, (8, 12))
+    prepared = views.prepare(None, {"x": view[None]})["x"]
+    torch.testing.assert_close(prepared[0, -1], (view[-1] / 255 - mean[-1]) / 0.5)
+    torch.testing.assert_close(views.to_image(prepared)[0], view / 255, atol=1e-6, rtol=0)
+
+
+def test_the_range_and_the_alpha_of_a_recipe_reach_the_decoder():
+    deep = np.array([[0, 2048], [4095, 4095]], np.uint16)
+    views = image_views(img_size=2, value_range=(0, 4095), mean=(0.5,), std=(0.25,))
+    assert views.evaluation_view(Sample(deep, "a"))[0].tolist() == [[0, 128], [255, 255]]
+    clear = pil.new("RGBA", (2, 2), (10, 20, 30, 0))
+    assert image_views(img_size=2).evaluation_view(Sample(clear, "a")).unique().tolist() == [255]
+    assert image_views(img_size=2, alpha="drop").evaluation_view(Sample(clear, "a"))[:, 0, 0].tolist() == [10, 20, 30]
+
+
+def test_a_sample_of_a_later_page_shows_that_page():
+    file = io.BytesIO()
+    pil.new("L", (4, 4), 10).save(file, "TIFF", save_all=True, append_images=[pil.new("L", (4, 4), 20)])
+    views = image_views(img_size=4)
+    pages = [views.evaluation_view(Sample(file.getvalue(), "a", page=page)) for page in (0, 1)]
+    assert [int(page.max()) for page in pages] == [10, 20]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"mean": (0.5,)}, "'mean' has 1 numbers, 'std' has 3: give both one for each channel"),
+        ({"mean": (), "std": ()}, "at least 1"),
+        ({"img_size": (32, 0)}, "greater than 0"),
+        ({"img_size": (32, 32, 3)}, "at most 2"),
+        ({"value_range": (4095, 0)}, r"'value_range' must be \[smallest, largest\], got \[4095.0, 0.0\]"),
         ({"scale": (0.8, 0.2)}, r"must be \[smallest, largest\], got \[0.8, 0.2\]"),
         ({"scale": (0.0, 1.0)}, "greater than 0"),
         ({"ratio": (2.0, 1.0)}, r"must be \[smallest, largest\]"),

@@ -52,3 +52,10 @@ def test_a_prediction_that_is_not_finite_is_still_drawn():
         0,
         0,
     )
+
+
+@pytest.mark.parametrize("chans", [1, 2, 3, 4, 13])
+def test_a_picture_of_any_number_of_channels_is_grey_or_shows_the_first_three(chans):
+    image = torch.arange(chans)[:, None, None].expand(chans, 96, 100) / 255
+    picture = reconstruction_picture([(image,)], scale=1, captions=("input",))
+    assert picture.getpixel((50, 50)) == ((0, 1, 2) if chans >= 3 else (0, 0, 0))

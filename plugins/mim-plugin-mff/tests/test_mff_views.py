@@ -51,19 +51,19 @@ def test_indices_are_mirrored_at_both_ends_without_repeating_the_edge():
     [((375, 500), (224, 298)), ((500, 375), (298, 224)), ((8, 8), (224, 224)), ((3, 1000), (224, 74666))],
 )
 def test_the_short_side_becomes_the_size_of_the_view(size, resized):
-    assert resized_size(*size, 224) == resized
+    assert resized_size(*size, (224, 224)) == resized
 
 
 def test_the_shift_reaches_from_padding_to_padding():
-    assert random_shift([LOW, LOW], 32, 40, 32, padding=4) == Shift(-4, -4)
-    assert random_shift([HIGH, HIGH], 32, 40, 32, padding=4) == Shift(4, 12)
-    assert random_shift([0.5, 0.5], 32, 40, 32, padding=4) == Shift(0, 4)
-    assert random_shift([HIGH, HIGH], 32, 40, 32, padding=0) == Shift(0, 8)
+    assert random_shift([LOW, LOW], 32, 40, (32, 32), padding=4) == Shift(-4, -4)
+    assert random_shift([HIGH, HIGH], 32, 40, (32, 32), padding=4) == Shift(4, 12)
+    assert random_shift([0.5, 0.5], 32, 40, (32, 32), padding=4) == Shift(0, 4)
+    assert random_shift([HIGH, HIGH], 32, 40, (32, 32), padding=0) == Shift(0, 8)
 
 
 def test_every_shift_is_equally_likely():
     numbers = (torch.arange(9000) + 0.5) / 9000
-    found = Counter(random_shift([x, 0.0], 32, 32, 32, padding=4).top for x in numbers.tolist())
+    found = Counter(random_shift([x, 0.0], 32, 32, (32, 32), padding=4).top for x in numbers.tolist())
     assert found == dict.fromkeys(range(-4, 5), 1000)
 
 
@@ -81,7 +81,7 @@ def test_a_view_is_what_torchvisions_transforms_make(size):
     """Resize, pad by reflection, crop, flip, of a Pillow image; the filters differ in rounding."""
     img_size, padding, rand = 32, 4, [0.3, 0.92, 0.0]
     resized = functional.resize(pil.fromarray(gradient(*size)), img_size)
-    assert resized.size[::-1] == resized_size(*size, img_size)
+    assert resized.size[::-1] == resized_size(*size, (img_size, img_size))
     padded = functional.pad(resized, padding, padding_mode="reflect")
     top, left = (int(r * (side - img_size + 1)) for r, side in zip(rand, padded.size[::-1], strict=False))
     wanted = functional.hflip(functional.crop(padded, top, left, img_size, img_size))
@@ -93,7 +93,7 @@ def test_positions_are_distributed_as_torchvision_draws_them():
     torch.manual_seed(0)
     crop = transforms.RandomCrop(32, padding=4)
     drawn = Counter(crop.get_params(torch.empty(3, 40, 48), (32, 32))[0] - 4 for _ in range(4000))
-    ours = Counter(random_shift([x, 0.5], 32, 40, 32, 4).top for x in torch.rand(4000).tolist())
+    ours = Counter(random_shift([x, 0.5], 32, 40, (32, 32), 4).top for x in torch.rand(4000).tolist())
     assert drawn.keys() == ours.keys() == set(range(-4, 5))
     assert all(abs(drawn[top] - ours[top]) < 120 for top in drawn)
 
@@ -114,9 +114,9 @@ def test_a_panorama_is_cropped_where_its_numbers_say_without_resizing_all_of_it(
     [(height, width)] = sizes
     assert height * width <= 32 * 34
 
-    total = resized_size(*size, 32)
+    total = resized_size(*size, (32, 32))
     whole = original(opened, 0, 0, *size, total, interpolation="bilinear")
-    top, left = random_shift(rand[:2], *total, 32, 4)
+    top, left = random_shift(rand[:2], *total, (32, 32), 4)
     wanted = reflected(reflected(whole, top, 32, dim=1), left, 32, dim=2)
     wanted = wanted.flip(2) if rand[2] < 0.5 else wanted
     assert (ours.int() - wanted.int()).abs().max() <= slope + 1
@@ -161,3 +161,24 @@ def test_the_view_does_not_depend_on_anything_but_its_numbers():
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValidationError, match=message):
         ResizedCropViews.Config(**options)
+
+
+@pytest.mark.parametrize(
+    ("size", "resized"),
+    [((60, 40), (96, 64)), ((40, 120), (32, 96)), ((20, 40), (32, 64))],  # 32 x 64 is covered, and no more
+)
+def test_an_image_is_resized_until_it_covers_a_view_that_is_no_square(size, resized):
+    assert resized_size(*size, (32, 64)) == resized
+
+
+@pytest.mark.parametrize("size", [(60, 40), (40, 120), (20, 40), (400, 40), (30, 900)])
+def test_a_view_that_is_no_square_is_cut_from_the_resized_image(size):
+    pixels = gradient(*size)
+    made = ResizedCropViews(ResizedCropViews.Config(img_size=(32, 64), padding=0, flip=0))
+    got = made(Sample(pixels, "image"), torch.full((3,), 0.5))["x"]
+    height, width = resized_size(*size, (32, 64))
+    top, left = random_shift([0.5, 0.5], height, width, (32, 64), padding=0)
+    whole = made.open(Sample(pixels, "image")).crop(0, 0, *size, (height, width), interpolation="bilinear")
+    expected = whole[:, top : top + 32, left : left + 64]
+    assert got.shape == (3, 32, 64)
+    assert (got[:2].float() - expected[:2].float()).abs().mean() < 2

@@ -292,7 +292,7 @@ class TwoViews(ImageViews):
         for name, numbers in zip(self.specs, rand.view(2, -1).tolist(), strict=True):
             box = random_resized_crop_box(numbers, *image.size, c.scale, c.ratio)
             flip, *colors = numbers[NUM_CROP_RANDOM:]
-            crop = image.crop(*box, (c.img_size, c.img_size), flip < c.flip, c.interpolation)
+            crop = image.crop(*box, self.size, flip < c.flip, c.interpolation)
             views[name] = self.change_colors(crop, colors)
         return views
 
@@ -302,7 +302,7 @@ class TwoViews(ImageViews):
         jitter, order, *changes, grey, blur, sigma = rand
         if jitter < c.jitter:
             view = jitter_color(view, [*changes, order], (c.brightness, c.contrast, c.saturation, c.hue))
-        if grey < c.grey:
+        if grey < c.grey and len(view) > 1:
             view = F.rgb_to_grayscale(view, num_output_channels=3)
         if blur < c.blur:
             sigma = 0.1 + 1.9 * sigma

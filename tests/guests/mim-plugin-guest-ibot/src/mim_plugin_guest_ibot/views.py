@@ -15,11 +15,13 @@ from torchvision.transforms.v2 import functional as F
 from mim_framework import (
     NUM_CROP_RANDOM,
     ImageViews,
+    ImgSize,
     Sample,
     Section,
     Step,
     Views,
     ViewSpec,
+    height_width,
     jitter_color,
     random_resized_crop_box,
 )
@@ -35,9 +37,9 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class Crop(NamedTuple):
-    """How the crops of one kind are made: pixels, share of the image's area, probabilities of two augmentations."""
+    """How the crops of one kind are made: (height, width), share of the image's area, chances of two augmentations."""
 
-    size: int
+    size: tuple[int, int]
     scale: tuple[float, float]
     blur: float
     solarize: float
@@ -53,8 +55,8 @@ class MultiCropViews(ImageViews):
         """Smallest and largest share of the image's area that a global crop covers."""
         num_local: int = Field(10, ge=0)
         """Local crops of an image."""
-        local_size: int = Field(96, gt=0)
-        """Height and width of a local crop, in pixels."""
+        local_size: ImgSize = 96
+        """Height and width of a local crop, in pixels: a number for a square, or [height, width]."""
         local_scale: tuple[Share, Share] = (0.05, 0.25)
         """Smallest and largest share of the image's area that a local crop covers."""
         jitter: Probability = 0.8
@@ -78,8 +80,11 @@ class MultiCropViews(ImageViews):
                 smallest, largest = getattr(self, key)
                 if smallest > largest:
                     raise ValueError(f"'{key}' must be [smallest, largest], got [{smallest:g}, {largest:g}]")
-            if self.num_local and self.local_size >= self.img_size:
+            sides = zip(height_width(self.local_size), height_width(self.img_size), strict=True)
+            if self.num_local and any(local >= whole for local, whole in sides):
                 raise ValueError(f"'local_size' must be below 'img_size', {self.img_size}, got {self.local_size}")
+            if len(self.mean) not in (1, 3):
+                raise ValueError(f"colours are changed in grey and RGB images, 'mean' has {len(self.mean)} channels")
             return self
 
     config: Config
@@ -88,13 +93,14 @@ class MultiCropViews(ImageViews):
         super().__init__(config)
         c = self.config
         first, second, local = c.blur
+        local_crop = Crop(height_width(c.local_size), c.local_scale, local, 0.0)
         self.crops = {
-            "x": Crop(c.img_size, c.scale, first, 0.0),
-            "x2": Crop(c.img_size, c.scale, second, c.solarize),
-            **{f"local{i}": Crop(c.local_size, c.local_scale, local, 0.0) for i in range(1, 1 + c.num_local)},
+            "x": Crop(self.size, c.scale, first, 0.0),
+            "x2": Crop(self.size, c.scale, second, c.solarize),
+            **{f"local{i}": local_crop for i in range(1, 1 + c.num_local)},
         }
         self.specs = {
-            name: ViewSpec(name, size=(crop.size, crop.size), mean=c.mean, std=c.std)
+            name: ViewSpec(name, size=crop.size, in_chans=self.in_chans, mean=c.mean, std=c.std)
             for name, crop in self.crops.items()
         }
         self.num_random = len(self.crops) * (NUM_CROP_RANDOM + 1 + NUM_AUGMENT_RANDOM)
@@ -105,20 +111,20 @@ class MultiCropViews(ImageViews):
         return {name: self.crop(image, crop, row) for (name, crop), row in zip(self.crops.items(), rows, strict=True)}
 
     def crop(self, image: Any, crop: Crop, rand: list[float]) -> Tensor:
-        """One crop of what `open` gave, uint8 (3, size, size). `rand`: box, flip, augmentations."""
+        """One crop of what `open` gave, uint8 (C, *size). `rand`: box, flip, augmentations."""
         c = self.config
         box = random_resized_crop_box(rand, *image.size, crop.scale, c.ratio)
         flip = rand[NUM_CROP_RANDOM] < c.flip
-        pixels = image.crop(*box, (crop.size, crop.size), flip, c.interpolation)
+        pixels = image.crop(*box, crop.size, flip, c.interpolation)
         return self.augment(pixels, crop, rand[NUM_CROP_RANDOM + 1 :])
 
     def augment(self, pixels: Tensor, crop: Crop, rand: list[float]) -> Tensor:
-        """pixels uint8 (3, H, W), in the order of the official code: jitter, grey, blur, solarize."""
+        """pixels uint8 (C, H, W), in the order of the official code: jitter, grey, blur, solarize."""
         c = self.config
         jitter, gray, blur, width, solarize = rand[NUM_JITTER_RANDOM:]
         if jitter < c.jitter:
             pixels = jitter_color(pixels, rand[:NUM_JITTER_RANDOM], c.color_jitter)
-        if gray < c.grayscale:
+        if gray < c.grayscale and self.in_chans > 1:
             pixels = F.rgb_to_grayscale(pixels, num_output_channels=3)
         if blur < crop.blur:
             pixels = gaussian_blur(pixels, c.blur_sigma[0] + (c.blur_sigma[1] - c.blur_sigma[0]) * width)
@@ -127,7 +133,7 @@ class MultiCropViews(ImageViews):
         return pixels
 
     def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
-        """uint8 (B, 3, H, W) each, whichever views there are -> normalised float32."""
+        """uint8 (B, C, H, W) each, whichever views there are -> normalised float32."""
         return {name: super(MultiCropViews, self).prepare(step, {"x": view})["x"] for name, view in batch.items()}
 
 
