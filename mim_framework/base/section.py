@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
+
+from mim_framework.base.paths import local_path, path_or_url
+
+PathOrURL = Annotated[str, AfterValidator(path_or_url)]
+"""Option: a local path or an fsspec URL."""
+LocalPath = Annotated[str, AfterValidator(local_path)]
+"""Option: a path on this machine."""
 
 
 class Section(BaseModel):

@@ -34,6 +34,7 @@ def report(recipe: Recipe, registry: Registry, *, world_size: int = 1) -> str:
         "batch": f"{layout.total_batch_size} images a step = {layout.batch_size} x {world_size} ranks x "
         f"{layout.accum_steps} accumulation steps",
         "data": f"{len(source):,} images ({recipe.data.source.type})",
+        **({"left out": ", ".join(out)} if (out := source.left_out()) else {}),
         "length": f"{total_steps:,} steps, {steps_per_epoch:,} an epoch",
         "device": f"{device.type}, {precision}",
         "output": str(run_directory(recipe)),

@@ -6,6 +6,7 @@ orders them; views and sources bring the data. Every base class says what a subc
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -427,6 +428,22 @@ class Source:
         A source that has several samples for the price of one overrides this: it is asked for whole micro-batches.
         """
         return [sample_or_broken(self, index) for index in indices]
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must find again, as JSON; a checkpoint keeps it.
+
+        By default the number of samples and the lengths of blocks. A source that knows names adds a hash of them, as
+        they decide which sample stands where.
+        """
+        found: dict[str, Any] = {"num_images": len(self)}
+        if self.blocks is not None:
+            lengths = ",".join(map(str, self.blocks))
+            found["blocks"] = hashlib.sha256(lengths.encode()).hexdigest()
+        return found
+
+    def left_out(self) -> Sequence[str]:
+        """What lies beside the samples and is none, counted, such as "300 .heic": told before a run and after it."""
+        return ()
 
     def evaluation_sources(self) -> tuple[Source, Source] | None:
         """(train, test) with labels for kNN, or None."""

@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from mim_framework.base.errors import DataError
+from mim_framework.base.paths import is_url
 
 
 class LocalFolder:
+    num_hidden = 0
+    """Hidden names that the last `list` left out; a hidden folder counts once."""
+
     def __init__(self, root: str, key: str) -> None:
         self._root = root
         if not os.path.isdir(root):
@@ -18,12 +22,14 @@ class LocalFolder:
 
     def list(self) -> Iterator[str]:
         """Paths of all files relative to the root, in any order; links are followed, hidden names left out."""
+        self.num_hidden = 0
         pending = [("", frozenset({_identity(os.stat(self._root))}))]
         while pending:
             folder, ancestors = pending.pop()
             with os.scandir(f"{self._root}/{folder}") as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
+                        self.num_hidden += 1
                         continue
                     if not entry.is_dir():
                         yield folder + entry.name
@@ -33,12 +39,18 @@ class LocalFolder:
                         pending.append((f"{folder}{entry.name}/", ancestors | {identity}))
 
     def read(self, name: str) -> bytes:
-        with open(f"{self._root}/{name}", "rb", buffering=0) as file:
+        with open(self.path(name), "rb", buffering=0) as file:
             return file.read()
+
+    def path(self, name: str) -> str:
+        return f"{self._root}/{name}"
 
 
 class RemoteFolder:
     """A folder behind an fsspec URL. The file system is looked up where it is used, never sent to a worker."""
+
+    num_hidden = 0
+    """Files that the last `list` left out, as their name or that of a folder is hidden."""
 
     def __init__(self, root: str, key: str) -> None:
         self._root = root
@@ -54,9 +66,12 @@ class RemoteFolder:
 
     def list(self) -> Iterator[str]:
         file_system, path = self._file_system()
+        self.num_hidden = 0
         for found in file_system.find(path):
             name = found.removeprefix(path).lstrip("/")
-            if not any(part.startswith(".") for part in name.split("/")):
+            if any(part.startswith(".") for part in name.split("/")):
+                self.num_hidden += 1
+            else:
                 yield name
 
     def read(self, name: str) -> bytes:
@@ -70,10 +85,8 @@ class RemoteFolder:
 
 
 def store_of(root: str, key: str) -> LocalFolder | RemoteFolder:
-    local = root.removeprefix("file://")
-    if "://" in local or "::" in local:
-        return RemoteFolder(root, key)
-    return LocalFolder(os.path.expanduser(local), key)
+    """The folder at a local path or URL, as `base.paths` leaves them; `key` names the option in messages."""
+    return RemoteFolder(root, key) if is_url(root) else LocalFolder(root, key)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from mim_framework.contract.records import Ask, Views
 from mim_framework.contract.specs import EncoderSpec
 from mim_framework.contract.world import World
 from mim_framework.data.loader import evaluation_batches
+
+logger = logging.getLogger(__name__)
 
 MAX_RAW_SIDE = 32
 """Raw pixels are compared at this size at most, as larger images would not fit into memory."""
@@ -149,6 +152,7 @@ class EncoderSubject:
             extract = raw_pixels(self.views) if pool is None else tokens_of(self.encoder, pool, missing)
             found, self._labels[split, count] = self._extracted(split, count, extract)
             self._features |= {(split, count, pool, each): x for each, x in zip(missing, found, strict=True)}
+            self._say_left_out(split, count, self._labels[split, count], labelled=labelled)
         y = self._labels[split, count]
         every = [self._features[split, count, pool, each] for each in layers]
         x = every[0] if len(every) == 1 else torch.cat(every, dim=-1)
@@ -157,6 +161,15 @@ class EncoderSubject:
             what = "has a label and can be read" if labelled else "can be read"
             raise DataError(f"no image of source '{self.source(split).name}', split '{split}', {what}")
         return Features(x, y) if bool(wanted.all()) else Features(x[wanted], y[wanted])
+
+    def _say_left_out(self, split: Split, count: int, labels: Tensor, *, labelled: bool) -> None:
+        unread = count - len(labels)
+        unlabelled = int((labels == _UNLABELLED).sum()) if labelled else 0
+        if (unread or unlabelled) and self.world.is_main:
+            why = [f"{unread:,} cannot be read"] * bool(unread) + [f"{unlabelled:,} have no label"] * bool(unlabelled)
+            logger.warning(
+                f"evaluation on split '{split}': of {count:,} images, {' and '.join(why)}; they are left out"
+            )
 
     def _extracted(self, split: Split, count: int, extract: Extract) -> tuple[list[Tensor], Tensor]:
         """Features (n, ...) of each layer and labels (n,) of `count` images; ranks make equal numbers of passes."""

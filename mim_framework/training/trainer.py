@@ -157,6 +157,7 @@ class Trainer:
             with self.stop.watched(run.world), closing(iter(self.loader)) as batches:
                 for doubt in (*(run.model.notes if self.start == 0 else ()), *run.recipe.doubts(run.epochs)):
                     self.log.note(doubt)
+                self._say_what_is_left_out()
                 for index in range(self.start, run.total_steps):
                     micro_batches: Iterable[Batch] = islice(
                         batches, run.layout.accum_steps
@@ -167,6 +168,7 @@ class Trainer:
                     if begins:
                         self.calibrate(micro_batches)
                     self._after_step(index + 1, self.train_step(index, micro_batches))
+                self._say_what_is_left_out()
         except BaseException as raised:
             error = raised
             raise
@@ -212,6 +214,14 @@ class Trainer:
         """For passes beside the step: whole weights, in the precision of the run."""
         with self.engine.autocast(), whole_weights(self.objective):
             yield
+
+    def _say_what_is_left_out(self) -> None:
+        """What lies beside the images and is not read, of training and of evaluation."""
+        if not self.run.world.is_main:
+            return
+        for source, what in {self.held_out: "the images of evaluations", self.run.source: "data.source"}.items():
+            if out := source.left_out():
+                self.log.note(f"left out of {what}: {', '.join(out)}")
 
     def _draw(self, done: int) -> None:
         with self._outside_a_step():

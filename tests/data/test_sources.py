@@ -14,9 +14,12 @@ from pydantic import ValidationError
 from torchvision import datasets
 
 from mim_framework.base.errors import BrokenImage, DataError
+from mim_framework.contract.components import Source
+from mim_framework.data.sources import folder
 from mim_framework.data.sources.digits import DigitsSource
 from mim_framework.data.sources.folder import FolderSource
 from mim_framework.data.sources.torchvision import TorchvisionSource
+from mim_framework.data.views import ImageViews
 
 
 def png(value: int) -> bytes:
@@ -120,6 +123,119 @@ def test_a_file_that_vanished_is_a_broken_image(tmp_path):
     with pytest.raises(BrokenImage, match=r"1.png: unreadable: FileNotFoundError") as info:
         source.read(0)
     assert info.value.cause == "unreadable"
+
+
+# --- what is left out, and pages ---------------------------------------------------------------------------------
+
+
+def test_files_that_are_not_listed_are_counted_by_their_suffix(tmp_path):
+    write(tmp_path, ["1.png", "a.HEIC", "b/c.heic", "2.cr2", "no_suffix", "b/neither", ".hidden.png", ".git/3.png"])
+    assert folder_source(tmp_path).left_out() == ["2 .heic", "2 without a suffix", "1 .cr2", "2 hidden"]
+    write(tmp_path / "only", ["1.png", "2.png"])
+    assert folder_source(tmp_path / "only").left_out() == []
+
+
+def test_many_suffixes_are_told_together_and_never_reach_the_terminal_raw(tmp_path):
+    write(tmp_path, ["1.png", *(f"{i}.{chr(97 + i)}{i}" for i in range(12)), "x.\x1b[31m", "y.\x1b[31m"])
+    left_out = folder_source(tmp_path).left_out()
+    assert left_out[0] == "2 .?[31m"
+    assert left_out[-1] == "5 of other suffixes"
+    assert len(left_out) == 9
+
+
+def test_a_folder_without_images_says_what_is_there(tmp_path):
+    write(tmp_path, ["1.dcm", "2.dcm", ".3.png"])
+    with pytest.raises(DataError, match=r"no images below .*; there are 2 \.dcm, 1 hidden"):
+        folder_source(tmp_path)
+
+
+def volume(pages: int, format: str) -> bytes:
+    file = io.BytesIO()
+    greys = [pil.new("L", (4, 4), 10 * i) for i in range(1, pages + 1)]
+    greys[0].save(file, format, save_all=True, append_images=greys[1:])
+    return file.getvalue()
+
+
+@pytest.fixture
+def volumes(tmp_path):
+    write(tmp_path / "v", ["a/1.png", "c/3.tif"])
+    (tmp_path / "v" / "b.tiff").write_bytes(volume(4, "TIFF"))
+    (tmp_path / "v" / "c" / "2.gif").write_bytes(volume(3, "GIF"))
+    return tmp_path / "v"
+
+
+def test_further_pages_are_counted_where_only_the_first_is_read(volumes):
+    source = folder_source(volumes)
+    assert len(source) == 4
+    assert source.left_out() == ["5 later pages of 2 files (data.source.pages=each makes samples of them)"]
+    assert [source.read(i).page for i in range(4)] == [0, 0, 0, 0]
+
+
+def test_of_many_files_a_part_is_looked_into(volumes, monkeypatch):
+    monkeypatch.setattr(folder, "FILES_LOOKED_INTO", 2)
+    [said] = folder_source(volumes).left_out()
+    assert said == "3 later pages of 1 files among 2 of 3 looked into (data.source.pages=each makes samples of them)"
+
+
+def test_every_page_may_be_a_sample_with_a_name_of_its_own(volumes):
+    source = folder_source(volumes, pages="each")
+    samples = [source.read(i) for i in range(len(source))]
+    pages = [*(f"b.tiff#{i}" for i in range(1, 5)), *(f"c/2.gif#{i}" for i in range(1, 4))]
+    assert [sample.name for sample in samples] == ["a/1.png", *pages, "c/3.tif"]
+    assert [sample.page for sample in samples] == [0, 0, 1, 2, 3, 0, 1, 2, 0]
+    assert samples[3].data == samples[1].data == volume(4, "TIFF")
+    assert source.left_out() == []
+    pixels = [ImageViews(ImageViews.Config(img_size=4)).evaluation_view(sample).max().item() for sample in samples[1:5]]
+    assert pixels == [10, 20, 30, 40]
+
+
+def test_pages_of_remote_files_are_read_too(memory):
+    memory.pipe("/bucket/a.tif", volume(3, "TIFF"))
+    memory.pipe("/bucket/b.png", png(1))
+    memory.pipe("/bucket/c.txt", b"")
+    assert len(folder_source("memory://bucket", pages="each")) == 4
+    said = folder_source("memory://bucket").left_out()
+    assert said[0] == "1 .txt"
+    assert said[1].startswith("pages after the first of 1 files, if they have any")
+
+
+# --- identity ----------------------------------------------------------------------------------------------------
+
+
+def differing(then: dict, now: dict) -> list[str]:
+    return [key for key in now if then[key] != now[key]]
+
+
+def test_the_identity_of_a_folder_is_its_names_and_sizes_wherever_it_lies(tmp_path):
+    for place in ("here", "there"):
+        write(tmp_path / place, ["a/1.png", "b/2.png"])
+    here, there = (folder_source(tmp_path / place).identity() for place in ("here", "there"))
+    assert here == there
+    assert here["num_images"] == 2
+    (tmp_path / "there" / "b" / "2.png").rename(tmp_path / "there" / "b" / "3.png")
+    assert differing(here, folder_source(tmp_path / "there").identity()) == ["names"]
+    (tmp_path / "here" / "a" / "1.png").write_bytes(png(1) + b"more")
+    assert differing(here, folder_source(tmp_path / "here").identity()) == ["sizes"]
+
+
+def test_names_are_told_apart_by_their_ends(tmp_path):
+    write(tmp_path / "x", ["ab/c.png"])
+    write(tmp_path / "y", ["a/bc.png"])
+    write(tmp_path / "z", ["a/b.png", "c.png"])
+    assert len({folder_source(tmp_path / each).identity()["names"] for each in "xyz"}) == 3
+
+
+def test_the_lengths_of_blocks_belong_to_the_identity():
+    class Shards(Source):
+        def __len__(self) -> int:
+            return 10
+
+    source = Shards(None)
+    assert source.identity() == {"num_images": 10}
+    source.blocks = [4, 6]
+    other = Shards(None)
+    other.blocks = [6, 4]
+    assert differing(source.identity(), other.identity()) == ["blocks"]
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def test_of_a_large_source_the_same_random_images_are_taken_each_time(run):
     assert torch.equal(some.y, whole.y[chosen])
 
 
-def test_images_without_a_label_are_left_out_unless_they_are_wanted(run, monkeypatch):
+def test_images_without_a_label_are_left_out_unless_they_are_wanted(run, monkeypatch, caplog):
     splits = Splits.of(run.source)
     train = splits.sources["train"]
     read = train.read
@@ -139,6 +139,7 @@ def test_images_without_a_label_are_left_out_unless_they_are_wanted(run, monkeyp
     subject = EncoderSubject(run.objective.encoder, run.views, splits, device=CPU)
     assert subject.raw_pixels("train").y.tolist() == [0, 0, 0, 2, 2, 2]
     assert len(subject.raw_pixels("train").x) == 6
+    assert caplog.messages == ["evaluation on split 'train': of 9 images, 3 have no label; they are left out"]
     assert subject.raw_pixels("train", labelled=False).y.tolist() == [0, 0, 0, -1, -1, -1, 2, 2, 2]
 
     monkeypatch.setattr(train, "read", lambda index: Sample(read(index).data, "x"))

@@ -174,17 +174,17 @@ class FewerDigits(DigitsSource):
     """The digits without the last ones."""
 
     name = "fewer"
-    left_out = 0
+    num_missing = 0
 
     def __len__(self) -> int:
-        return super().__len__() - self.left_out
+        return super().__len__() - self.num_missing
 
 
 def test_a_run_is_not_resumed_on_another_number_of_images(tmp_path, monkeypatch):
     registry = RegistryWith(FewerDigits)
     run_dir = train_tiny(tmp_path, "data.source.type=fewer", registry=registry)
     num_images = checkpoint.find_latest(run_dir / "checkpoints").state["num_images"]
-    monkeypatch.setattr(FewerDigits, "left_out", 10)
+    monkeypatch.setattr(FewerDigits, "num_missing", 10)
     change = f"{num_images} images -> {num_images - 10}"
     wanted = rf"data.source has changed since .*: {change}\. .*name=\.\.\. init=.*step_00000002"
     with pytest.raises(DataError, match=wanted):

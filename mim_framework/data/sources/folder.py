@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from mim_framework.base.errors import BrokenImage, DataError
-from mim_framework.base.section import Section
+from mim_framework.base.section import PathOrURL, Section
 from mim_framework.contract.components import Source
 from mim_framework.contract.records import Sample
-from mim_framework.data.stores import RemoteFolder, store_of
+from mim_framework.data.decode import num_pages
+from mim_framework.data.stores import LocalFolder, RemoteFolder, store_of
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset([
@@ -23,18 +31,32 @@ IMAGE_SUFFIXES = frozenset([
 """A file with another suffix is not listed; what a listed file really holds is decided when it is read."""
 
 
+PAGED_SUFFIXES = frozenset([".tif", ".tiff", ".gif", ".webp", ".avif"])
+"""Kinds of files that may hold several pages or frames."""
+FILES_LOOKED_INTO = 1000
+"""So many files are opened to say how many pages are not read; of more, an even choice."""
+FILES_SIZED = 100_000
+"""The sizes of so many files belong to the identity of the source; of more, those of an even choice."""
+KINDS_NAMED = 8
+"""So many suffixes are told by name, the most frequent ones."""
+THREADS = 8
+
+
 class FolderSource(Source):
     """Every image below a folder or URL, in the order of their paths. Class folders are allowed and not needed."""
 
     name = "folder"
 
     class Config(Section):
-        root: str = Field(min_length=1)
+        root: PathOrURL = Field(min_length=1)
         """Folder that is searched recursively: a local path or any fsspec URL, such as s3://bucket/images."""
         labels: bool = False
         """Take the first folder below `root` as the class of an image. Pre-training does not need it, kNN does."""
-        eval_root: str | None = None
+        eval_root: PathOrURL | None = None
         """Folder of test images for kNN, in the same class folders; needs `labels: true`."""
+        pages: Literal["first", "each"] = "first"
+        """What is read of a file of several pages or frames, such as a TIFF volume or a GIF: the first, or each as a
+        sample of its own, named `file.tif#3`. For `each`, all files that may have pages are opened at the start."""
 
         @model_validator(mode="after")
         def _labels_for_evaluation(self) -> FolderSource.Config:
@@ -49,14 +71,21 @@ class FolderSource(Source):
         super().__init__(config)
         self._folder = store_of(self.config.root, key)
         self.remote = isinstance(self._folder, RemoteFolder)
+        self._skipped: Counter[str] = Counter()
         try:
-            names = sorted(name for name in self._folder.list() if _is_image(name))
+            names = sorted(self._images())
+            paged = [number for number, name in enumerate(names) if _suffix(name) in PAGED_SUFFIXES]
+            pages = self._pages_of([names[number] for number in paged]) if self.config.pages == "each" else []
         except Exception as error:  # file systems raise the errors of their network libraries too
             raise DataError(f"{key}: '{self.config.root}' cannot be listed: {type(error).__name__}: {error}") from error
+        self._num_paged = len(paged)
+        self._looked_into = array("q", paged[:: -(-len(paged) // FILES_LOOKED_INTO) or 1])
+        self._starts = _starts(len(names), dict(zip(paged, pages, strict=False)))
+        self._names = _PackedNames(names)
         if not names:
             raise DataError(
                 f"{key}: no images below '{self.config.root}'; files are taken by their suffix, "
-                f"one of {' '.join(sorted(IMAGE_SUFFIXES))}"
+                f"one of {' '.join(sorted(IMAGE_SUFFIXES))}; there are {', '.join(self.left_out()) or 'no files'}"
             )
         if self.config.labels:
             loose = next((name for name in names if "/" not in name), None)
@@ -67,23 +96,67 @@ class FolderSource(Source):
                 )
             self.classes = sorted({_first_folder(name) for name in names})
             self._label_of = {name: label for label, name in enumerate(self.classes)}
-        self._names = _PackedNames(names)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._names) if self._starts is None else self._starts[-1]
 
     def read(self, index: int) -> Sample:
-        name = self._names[index]
+        number, page, count = self._place(index)
+        file = self._names[number]
+        name = file if count == 1 else f"{file}#{page + 1}"
         try:
-            data = self._folder.read(name)
+            data = self._folder.read(file)
         except Exception as error:  # as above
             raise BrokenImage(name, "unreadable", f"{type(error).__name__}: {error}") from error
-        return Sample(data, name, self._label_of[_first_folder(name)] if self.config.labels else None)
+        return Sample(data, name, self._label_of[_first_folder(file)] if self.config.labels else None, page)
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """Number of the file, of the page in it, and how many pages it has."""
+        if self._starts is None:
+            return index, 0, 1
+        number = bisect_right(self._starts, index) - 1
+        start, end = self._starts[number : number + 2]
+        return number, index - start, end - start
+
+    def identity(self) -> dict[str, Any]:
+        """Number, a hash of the names (and pages), and for local files one of their sizes."""
+        names = hashlib.sha256(self._names.packed())
+        if self._starts is not None:
+            names.update(self._starts.tobytes())
+        found = {**super().identity(), "names": names.hexdigest()}
+        if isinstance(self._folder, LocalFolder):
+            numbers = range(0, len(self._names), -(-len(self._names) // FILES_SIZED))
+            sizes = array("q", (_size(self._folder.path(self._names[number])) for number in numbers))
+            found["sizes"] = hashlib.sha256(sizes.tobytes()).hexdigest()
+        return found
+
+    def left_out(self) -> Sequence[str]:
+        named = self._skipped.most_common(KINDS_NAMED)
+        counts = [f"{count:,} {_printable(suffix) if suffix else 'without a suffix'}" for suffix, count in named]
+        if others := self._skipped.total() - sum(count for _, count in named):
+            counts.append(f"{others:,} of other suffixes")
+        if self._folder.num_hidden:
+            counts.append(f"{self._folder.num_hidden:,} hidden")
+        return [*counts, *self._later_pages]
+
+    @cached_property
+    def _later_pages(self) -> list[str]:
+        """The pages and frames that are not read, in words."""
+        if self.config.pages == "each" or not self._num_paged:
+            return []
+        cure = "data.source.pages=each makes samples of them"
+        if self.remote:
+            return [f"pages after the first of {self._num_paged:,} files, if they have any ({cure})"]
+        pages = self._pages_of([self._names[number] for number in self._looked_into])
+        later = [count - 1 for count in pages if count > 1]
+        among = "" if len(pages) == self._num_paged else f" among {len(pages):,} of {self._num_paged:,} looked into"
+        return [f"{sum(later):,} later pages of {len(later):,} files{among} ({cure})"] if later else []
 
     def evaluation_sources(self) -> tuple[Source, Source] | None:
         if self.config.eval_root is None:
             return None
-        test = FolderSource(self.Config(root=self.config.eval_root, labels=True), key="data.source.eval_root")
+        of_test = self.config.model_copy(update={"root": self.config.eval_root, "eval_root": None})
+        test = FolderSource(of_test, key="data.source.eval_root")
         unknown = sorted(set(test.classes) - set(self.classes))
         if unknown:
             raise DataError(
@@ -92,6 +165,39 @@ class FolderSource(Source):
             )
         test.classes, test._label_of = self.classes, self._label_of
         return self, test
+
+    def _images(self) -> Iterator[str]:
+        """Names of files with a suffix of images; the others are counted."""
+        for name in self._folder.list():
+            if (suffix := _suffix(name)) in IMAGE_SUFFIXES:
+                yield name
+            else:
+                self._skipped[suffix] += 1
+
+    def _pages_of(self, names: Sequence[str]) -> list[int]:
+        """How many pages each file has; 1 for what is no image."""
+
+        def count(name: str) -> int:
+            local = isinstance(self._folder, LocalFolder)
+            return num_pages(self._folder.path(name) if local else self._folder.read(name))
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(count, names))
+
+
+def _starts(num_files: int, pages: dict[int, int]) -> array[int] | None:
+    """Index of the first sample of every file and the number of samples; None if every file is one."""
+    if all(count == 1 for count in pages.values()):
+        return None
+    return array("q", accumulate((pages.get(number, 1) for number in range(num_files)), initial=0))
+
+
+def _size(path: str) -> int:
+    """Bytes of a file, -1 if it is gone: reading it says so."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 class _PackedNames(Sequence[str]):
@@ -104,6 +210,10 @@ class _PackedNames(Sequence[str]):
             self._ends.append(self._ends[-1] + len(name))
         self._bytes = b"".join(encoded)
 
+    def packed(self) -> bytes:
+        """All of them, told apart by their ends."""
+        return self._ends.tobytes() + self._bytes
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 
@@ -111,8 +221,12 @@ class _PackedNames(Sequence[str]):
         return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _printable(text: str) -> str:
+    return "".join(each if each.isprintable() else "?" for each in text[:20])
 
 
 def _first_folder(name: str) -> str:
