@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mim_framework.base.errors import DataError
-from mim_framework.base.section import Choice, Section
+from mim_framework.base.section import Choice, LocalPath, Section
 from mim_framework.contract.components import Source, ViewBuilder
 from mim_framework.data.companions import Companion
 from mim_framework.data.order import BatchLayout, OrderKind, sample_order
@@ -45,9 +45,12 @@ class DataSection(Section):
     max_broken: float = Field(0.01, ge=0, le=1)
     """Share of the images read so far that may be broken; above it the run stops. 10 on a rank are always tolerated.
     A broken image is replaced by another one, chosen by its position in the run."""
+    accept_changed_source: bool = False
+    """Go on with a run although its source has other images than when its checkpoint was written: others then stand
+    where those stood. Recorded in `source_changes.jsonl` of the run directory."""
     views_per_image: int | None = Field(None, gt=0)
     """Every image is seen in so many fixed views, one per epoch in turn; null for a new random view in every epoch."""
-    tokens: str | None = Field(None, min_length=1)
+    tokens: LocalPath | None = Field(None, min_length=1)
     """Folder that `mim tokenize` wrote: token ids of the fixed views, instead of a tokenizer in every step."""
 
     @model_validator(mode="after")

@@ -27,8 +27,8 @@ from mim_framework.registry.registry import Registry
 
 MAY_CHANGE = (
     "description", "output_dir", "init", "data.workers", "data.prefetch_factor", "data.source.root", "data.max_broken",
-    "data.tokens", "train.batch_size", "train.device", "train.precision", "train.distributed", "train.compile",
-    "train.max_nonfinite_steps", "log", "checkpoint", "evaluate",
+    "data.accept_changed_source", "data.tokens", "train.batch_size", "train.device", "train.precision",
+    "train.distributed", "train.compile", "train.max_nonfinite_steps", "log", "checkpoint", "evaluate",
 )  # fmt: skip
 """Keys that a resumed run may change: none of them changes what is learned, beyond rounding."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from mim_framework.checkpoints import checkpoint, state
 from mim_framework.runtime.optim import Optimizer
 from mim_framework.runtime.sharding import local
 from mim_framework.training.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 class Saver:
@@ -24,6 +28,7 @@ class Saver:
         self.run, self.optimizers, self.saved = run, optimizers, saved
         self.folder = run.dir / "checkpoints"
         self.kept_in: set[int] = set()
+        self.identity = run.source.identity()
 
     def due(self, done: int) -> bool:
         """Whether the recipe wants one after `done` steps."""
@@ -54,6 +59,7 @@ class Saver:
         groups = state.gather(run.model.objective, teachers, self.optimizers, run.world)
         content = {
             "num_images": len(run.source),
+            "source": self.identity,
             **numbers,
             "optimizer_scalars": state.scalars(self.optimizers),
         }
@@ -77,7 +83,7 @@ class Saver:
 
         Raises:
             CheckpointError: if all are damaged, or this machine does not have that of rank 0.
-            DataError: if the source has another number of images than when it was written.
+            DataError: if the source has other images than when it was written, and the recipe does not accept that.
         """
         world = self.run.world
         found = world.on_main(lambda: self._same_images(checkpoint.find_latest(self.folder)))
@@ -87,15 +93,34 @@ class Saver:
         return self._same_images(_opened(self.folder / name))  # rank 0 has verified it
 
     def _same_images(self, found: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
-        """The checkpoint, if the source has as many images as when it was written."""
-        now = len(self.run.source)
-        if found is not None and found.state["num_images"] != now:
+        """The checkpoint, if the source has the images that it had then, or the recipe accepts that it has not."""
+        if found is None:
+            return None
+        then = {"num_images": found.state["num_images"], **found.state.get("source", {})}
+        if not (changes := source_changes(then, self.identity)):
+            return found
+        if not self.run.recipe.data.accept_changed_source:
             raise DataError(
-                f"data.source has changed since {found.path}: {found.state['num_images']} images -> {now}. The number "
-                "decides the order of the samples, so the run would silently go on with others. Bring the images back, "
-                f"or start a run of its own from these weights: name=... init={found.path}"
+                f"data.source has changed since {found.path}: {', '.join(changes)}. They decide which sample stands "
+                "where, so the run would silently go on with others. Bring the images back, set "
+                "data.accept_changed_source=true if that is meant, or start a run of its own from these weights: "
+                f"name=... init={found.path}"
             )
+        if self.run.world.is_main:
+            line = {"step": found.step, "changes": changes, "then": then, "now": self.identity}
+            with (self.run.dir / "source_changes.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            logger.warning(f"data.source has changed since {found.path}: {', '.join(changes)}; accepted by the recipe")
         return found
+
+
+def source_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two `Source.identity`, in words; what only one of them knows is not compared."""
+    words = {"names": "other names", "sizes": "files of other sizes", "blocks": "blocks of other lengths"}
+    changes = [key for key in now if key in then and then[key] != now[key]]
+    if "num_images" in changes:  # everything else follows from it
+        return [f"{then['num_images']} images -> {now['num_images']}"]
+    return [words.get(key, f"another '{key}'") for key in changes]
 
 
 def _opened(path: Path) -> checkpoint.Checkpoint:
