@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "contract.hooks": ["hookimpl"],
-    "base.section": ["Section"],
+    "base.section": ["LocalPath", "PathOrURL", "Section"],
     "base.errors": [
         "MimError", "RecipeError", "PluginError", "DataError", "CheckpointError", "TrainingError",
         "BrokenImage",

@@ -12,7 +12,7 @@ from pydantic import Field
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from mim_framework.base.section import Section
+from mim_framework.base.section import LocalPath, Section
 from mim_framework.checkpoints.checkpoint import load_weights
 from mim_framework.contract.components import Encoder
 from mim_framework.contract.mask import Grid, Mask
@@ -36,7 +36,7 @@ class TimmEncoder(Encoder):
         """A name that `timm.create_model` knows, for example `vit_base_patch16_224`."""
         pretrained: bool = False
         """Load timm's published weights (needs the internet or a filled cache)."""
-        checkpoint: str | None = None
+        checkpoint: LocalPath | None = None
         """A local `.safetensors` file with weights under timm's names, instead of `pretrained`."""
         project: bool = False
         """Map the tokens by the weight of the model's last linear layer: those of CLIP into the space it shares with

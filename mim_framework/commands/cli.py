@@ -18,6 +18,7 @@ import click
 
 from mim_framework import __version__
 from mim_framework.base.errors import MimError, PluginError, RecipeError
+from mim_framework.base.paths import local_path
 from mim_framework.registry.registry import Registry
 
 if TYPE_CHECKING:
@@ -26,10 +27,21 @@ if TYPE_CHECKING:
 TELLING_SECONDS = 5.0
 """A silent rank waits so long before it leaves: with the first one, the launcher ends the one that tells."""
 
+
+class LocalPath(click.Path):
+    """A path, in which `~` and `file://` mean what they mean in a recipe."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(local_path(os.fspath(value)), param, ctx)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 RECIPE = click.argument("recipe")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-RUN = click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
-OUTPUT = click.option("--output", type=click.Path(path_type=Path), help="Where to write.")
+RUN = click.argument("run", type=LocalPath(exists=True, file_okay=False, path_type=Path))
+OUTPUT = click.option("--output", type=LocalPath(path_type=Path), help="Where to write.")
 
 
 @dataclass(frozen=True)
@@ -196,7 +208,7 @@ def bench(settings: Settings, recipe: str, overrides: tuple[str, ...], data: str
 @main.command()
 @RECIPE
 @OVERRIDES
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write, for data.tokens.")
+@click.option("--output", required=True, type=LocalPath(path_type=Path), help="Folder to write, for data.tokens.")
 @click.pass_obj
 def tokenize(settings: Settings, recipe: str, overrides: tuple[str, ...], output: Path) -> None:
     """Store the token ids of all fixed views (data.views_per_image), so that no tokenizer runs in training."""
@@ -211,7 +223,7 @@ def tokenize(settings: Settings, recipe: str, overrides: tuple[str, ...], output
 @RUN
 @click.option("--step", type=click.IntRange(min=0), help="By default the last one of nonfinite.jsonl.")
 @click.option("--from-start", is_flag=True, help="Repeat all steps, where no checkpoint before it is kept.")
-@click.option("--images", type=click.Path(path_type=Path), help="Folder to write the images of the step to.")
+@click.option("--images", type=LocalPath(path_type=Path), help="Folder to write the images of the step to.")
 @click.pass_obj
 def replay(settings: Settings, run: Path, step: int | None, from_start: bool, images: Path | None) -> None:
     """Repeat a step of a run and name the first module whose output is not finite."""
@@ -278,7 +290,7 @@ def show_plugin(settings: Settings, name: str, load: bool) -> None:
 @click.argument("name")
 @click.option(
     "--output",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=LocalPath(exists=True, file_okay=False, path_type=Path),
     default=".",
     help="Folder to write it in; this one by default.",
 )
@@ -312,7 +324,7 @@ def list_recipes(settings: Settings) -> None:
 
 @recipes.command("copy")
 @click.argument("name")
-@click.argument("dest", type=click.Path(path_type=Path), default=".")
+@click.argument("dest", type=LocalPath(path_type=Path), default=".")
 @click.pass_obj
 def copy_recipe(settings: Settings, name: str, dest: Path) -> None:
     """Copy a shipped recipe to DEST, a file or a folder, to change it."""
@@ -385,7 +397,7 @@ def export(settings: Settings, run: Path, to: str, output: Path | None) -> None:
 
 
 @main.command("import")
-@click.argument("file", type=click.Path(exists=True, path_type=Path))
+@click.argument("file", type=LocalPath(exists=True, path_type=Path))
 @OVERRIDES
 @click.option("--layout", metavar="NAME", help="Checkpoint format of the file, where several or none recognise it.")
 @click.option("--key", metavar="NAME", help="Key of the file that holds the weights, such as model_ema.")
@@ -421,7 +433,7 @@ def import_file(
 
 @main.command()
 @RUN
-@click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=LocalPath(exists=True, dir_okay=False, path_type=Path))
 @OUTPUT
 @click.pass_obj
 def reconstruct(settings: Settings, run: Path, images: tuple[Path, ...], output: Path | None) -> None:

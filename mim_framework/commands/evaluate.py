@@ -9,6 +9,7 @@ from pathlib import Path
 from mim_framework.assembly.builder import build_source
 from mim_framework.assembly.opened import LoadedEncoder, load_encoder
 from mim_framework.base.errors import DataError, RecipeError
+from mim_framework.base.paths import local_path
 from mim_framework.contract.evaluation import Evaluation, Split
 from mim_framework.contract.specs import EncoderSpec
 from mim_framework.evaluate.base import EncoderSubject, PixelSubject, Splits
@@ -61,7 +62,10 @@ def open_subject(subject: str, registry: Registry) -> LoadedEncoder:
 
     A subject is a run directory, whose newest checkpoint is taken, or a checkpoint folder inside one.
     """
-    path = Path(subject)
+    try:
+        path = Path(local_path(subject))
+    except ValueError as error:
+        raise RecipeError(f"{subject}: {error}") from error
     run_dir, checkpoint = path, None
     if path.parent.name == "checkpoints" and (path.parent.parent / "recipe.yaml").is_file():
         run_dir, checkpoint = path.parent.parent, path

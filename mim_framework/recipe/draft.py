@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mim_framework.base.errors import PluginError, RecipeError
+from mim_framework.base.paths import local_path
 from mim_framework.base.section import Choice
 from mim_framework.base.validation import KeyPath, Problem, annotations_at, fields_at, is_choice, key, show, validate
 from mim_framework.contract.hooks import HOOK_OF_KIND
@@ -276,8 +277,8 @@ class Draft:
 
 def find_recipe(recipe: str | Path, registry: Registry) -> Path:
     """The file of a recipe given by path or shipped name."""
-    path = Path(recipe)
     try:
+        path = Path(local_path(str(recipe)))
         if path.is_file():
             return path
     except (OSError, ValueError) as error:  # a name too long, or with a NUL

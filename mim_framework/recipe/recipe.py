@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
 from mim_framework.base.schedule import Schedule
-from mim_framework.base.section import Choice, Section
+from mim_framework.base.section import Choice, LocalPath, Section
 from mim_framework.base.validation import describe, show
 from mim_framework.checkpoints.checkpoint import CheckpointSection
 from mim_framework.data.loader import DataSection
@@ -64,7 +64,7 @@ class Recipe(Section):
     """What the recipe is for."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Everything random is a function of this number and the sample's position."""
-    output_dir: str = Field("runs", min_length=1)
+    output_dir: LocalPath = Field("runs", min_length=1)
     """Folder that holds the run's folder."""
     data: DataSection
     """Where images come from, and how they are read."""
@@ -84,7 +84,7 @@ class Recipe(Section):
     """Several heads by name, instead of `target`, `decoder` and `loss`."""
     teachers: dict[PartName, TeacherSection] = {}
     """Frozen networks and momentum copies by name."""
-    tokenizer: str | None = Field(None, min_length=1)
+    tokenizer: LocalPath | None = Field(None, min_length=1)
     """A run that trained a tokenizer, or a folder that `mim import` wrote: short for a frozen teacher `tokenizer`."""
     objective: Choice = Choice(type=DEFAULT_OBJECTIVE)
     """The order of a step."""
@@ -94,7 +94,7 @@ class Recipe(Section):
     """Several optimizers by name, instead of `optim`."""
     phases: tuple[PhaseSection, ...] = ()
     """Passes of a step, where there is more than one."""
-    init: str | None = None
+    init: LocalPath | None = None
     """Weights to start from: a run directory, a checkpoint folder or a safetensors file."""
     train: TrainSection
     """How long, how many images at a time, on what."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mim_framework.base.schedule import Schedule, extremes
-from mim_framework.base.section import AliasedSection, Choice
+from mim_framework.base.section import AliasedSection, Choice, LocalPath
 from mim_framework.contract.components import Component, Encoder, Head
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Latent
@@ -31,7 +31,7 @@ class TeacherSection(AliasedSection):
 
     encoder: Choice | None = None
     """A frozen encoder component; that of the run or import in `checkpoint` if it is left out."""
-    checkpoint: str | None = None
+    checkpoint: LocalPath | None = None
     """Weights of the frozen encoder: a run directory, a checkpoint, a safetensors file or a folder of `mim import`."""
     random: bool = False
     """Leave a frozen encoder at its random first weights, as a fixed random projection: it has learned nothing. Without

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from mim_framework.base.errors import BrokenImage, DataError
-from mim_framework.base.section import Section
+from mim_framework.base.section import LocalPath, Section
 from mim_framework.contract.components import Source
 from mim_framework.contract.records import Sample
 
@@ -38,7 +38,7 @@ class TorchvisionSource(Source):
     class Config(Section):
         dataset: Literal["CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "STL10", "Imagenette", "Food101"]
         """Name of the data set."""
-        root: str = Field(min_length=1)
+        root: LocalPath = Field(min_length=1)
         """Folder that holds the data sets."""
         split: Literal["train", "test", "unlabeled"] = "train"
         """Which part; only STL10 has an unlabeled one. The validation part of Imagenette counts as test."""
