@@ -7,6 +7,7 @@ by side, and where the file keeps its bands apart, one band at a time.
 from __future__ import annotations
 
 import io
+import math
 import struct
 import warnings
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ _LOSSLESS = {1, 5, 8, 32773, 32946, 34925, 50000}  # none, LZW, deflate, PackBit
 _KINDS = {1: "u", 2: "i", 3: "f"}
 _READABLE = {"u1", "u2", "u4", "i1", "i2", "i4", "f2", "f4", "f8"}
 _DIFFERENCES = 2
+MAX_BYTES = 2**30
+"""Pixels of one page that are read, all bands together."""
 
 Tags = dict[int, tuple[int, ...]]
 
@@ -106,6 +109,8 @@ class Bands:
             raise UnreadableBands(f"{self.num_bands} bands of {bits} bits and kind {self.dtype} are not read")
         if self.tags.get(COMPRESSION, (1,))[0] not in _LOSSLESS:
             raise UnreadableBands(f"TIFF compression {self.tags[COMPRESSION][0]} of {self.num_bands} bands is not read")
+        if (size := math.prod(self.size) * self.num_bands * np.dtype(self.dtype).itemsize) > MAX_BYTES:
+            raise UnreadableBands(f"{size:,} bytes of pixels, more than {MAX_BYTES:,}")
         if self.tags.get(PREDICTOR, (1,))[0] not in (1, _DIFFERENCES):
             raise UnreadableBands("the floating-point predictor is not read; save without predictor")
         if self.tags.get(PLANAR, (1,))[0] != 2:
@@ -172,7 +177,7 @@ def _directory(data: bytes, order: str, page: int, *, big: bool) -> Tags | None:
     tags: Tags = {}
     for entry in range(first, min(first + count * entry_size, len(data)), entry_size):
         tag, kind, length = struct.unpack_from(f"{order}HH{pointer}", data, entry)
-        if tag not in _USED or kind not in _CODES:
+        if tag not in _USED or tag in tags or kind not in _CODES:
             continue
         value = entry + 4 + inline
         code = f"{order}{length}{_CODES[kind]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
 import zlib
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mim_framework.base.errors import BrokenImage
 from mim_framework.data.decode import num_pages, open_image
+from mim_framework.data.tiff import open_bands, with_directory
 from mim_framework.data.values import to_bytes
 
 RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)
@@ -245,6 +247,30 @@ def test_a_grey_jpeg_is_decoded_at_a_lower_scale_too():
     exact = open_image(data, "a.jpg", in_chans=1, scaled_decode=False).crop(0, 0, 640, 640, (40, 40))
     assert scaled.shape == (1, 40, 40)
     assert (scaled.float() - exact.float()).abs().mean() < 1.5
+
+
+def test_bands_that_would_fill_the_memory_are_refused():
+    data = tiff(smooth(8, 8, 2))
+    claimed = with_directory(
+        data, "<", {**open_bands(data).tags, 277: (60_000,), 256: (6000,), 257: (6000,), 284: (2,)}
+    )
+    assert "bytes of pixels, more than 1,073,741,824" in refused(claimed, in_chans=2)
+
+
+@pytest.mark.parametrize("layout", [{}, {"planar": True, "compress": True}, {"tile": 16, "predictor": 2}], ids=str)
+def test_whatever_is_damaged_in_bands_only_a_broken_image_comes_out(layout):
+    data = tiff(smooth(20, 30, 5, 4000, np.uint16), **layout)
+    chance = random.Random(0)
+    for _ in range(150):
+        damaged = bytearray(data)
+        for _ in range(chance.choice([1, 3, 20])):
+            where = chance.randrange(len(data)) if chance.random() < 0.3 else len(data) - 1 - chance.randrange(250)
+            damaged[where] = chance.randrange(256)
+        try:
+            image = open_image(bytes(damaged), "a", max_pixels=10_000, in_chans=5, value_range=(0, 4095))
+            assert image.crop(0, 0, *image.size, (8, 8)).shape == (5, 8, 8)
+        except BrokenImage as error:
+            assert error.cause in ("not_an_image", "truncated", "too_large", "unreadable", "unsupported")
 
 
 # --- alpha -------------------------------------------------------------------------------------------------------

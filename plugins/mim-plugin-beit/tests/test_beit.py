@@ -13,6 +13,7 @@ from mim_plugin_beit import BEiTEncoder, BEiTViews
 from mim_plugin_beit.checkpoints import MMPretrainCheckpoint, OfficialCheckpoint, TimmCheckpoint
 from mim_plugin_beit.views import NUM_JITTER_RANDOM
 from PIL import Image, ImageEnhance
+from pydantic import ValidationError
 from timm.models.beit import Beit
 from torch import nn
 from torchvision.transforms import v2
@@ -268,3 +269,21 @@ def test_recipes_have_the_published_numbers(name: str):
     assert recipe.optim.peak_lr(2048) == 1.5e-3
     assert (recipe.train.epochs, recipe.optim.warmup_epochs) == {"beit": (300, 5)}.get(name, (800, 10))
     assert recipe.encoder.options["layer_scale"] == (1e-5 if name == "beit_vit_large" else 0.1)
+
+
+@pytest.mark.parametrize("after_crop", [False, True])
+def test_both_views_may_be_wide_and_grey(after_crop):
+    shapes = {"img_size": (32, 64), "second_size": (16, 32), "mean": (0.5,), "std": (0.25,)}
+    made = BEiTViews(BEiTViews.Config(**shapes, jitter_after_crop=after_crop))
+    views = made(Sample(PHOTO, "photo"), torch.full((made.num_random,), 0.3))
+    assert {name: view.shape for name, view in views.items()} == {"x": (1, 32, 64), "tokenizer": (1, 16, 32)}
+    assert {name: made.specs[name].shape for name in views} == {"x": (1, 32, 64), "tokenizer": (1, 16, 32)}
+    prepared = made.prepare(None, {name: view[None] for name, view in views.items()})
+    torch.testing.assert_close(prepared["tokenizer"][0], views["tokenizer"] / 255)
+
+
+def test_colours_of_other_bands_are_not_jittered():
+    four = {"mean": (0.5,) * 4, "std": (0.25,) * 4}
+    with pytest.raises(ValidationError, match=r"'mean' has 4 channels; use color_jitter: 0"):
+        BEiTViews.Config(**four)
+    assert BEiTViews(BEiTViews.Config(**four, color_jitter=0)).specs["tokenizer"].in_chans == 4
