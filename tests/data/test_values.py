@@ -261,6 +261,7 @@ def test_bands_that_would_fill_the_memory_are_refused():
 def test_whatever_is_damaged_in_bands_only_a_broken_image_comes_out(layout):
     data = tiff(smooth(20, 30, 5, 4000, np.uint16), **layout)
     chance = random.Random(0)
+    seen = set()
     for _ in range(150):
         damaged = bytearray(data)
         for _ in range(chance.choice([1, 3, 20])):
@@ -270,7 +271,8 @@ def test_whatever_is_damaged_in_bands_only_a_broken_image_comes_out(layout):
             image = open_image(bytes(damaged), "a", max_pixels=10_000, in_chans=5, value_range=(0, 4095))
             assert image.crop(0, 0, *image.size, (8, 8)).shape == (5, 8, 8)
         except BrokenImage as error:
-            assert error.cause in ("not_an_image", "truncated", "too_large", "unreadable", "unsupported")
+            seen.add(error.cause)
+    assert seen <= {"not_an_image", "truncated", "too_large", "unreadable", "unsupported"}
 
 
 # --- alpha -------------------------------------------------------------------------------------------------------

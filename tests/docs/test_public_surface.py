@@ -97,7 +97,7 @@ def test_a_change_of_a_class_is_seen(monkeypatch, case):
 def test_a_removed_name_a_new_field_and_a_changed_signature_of_the_framework_are_seen(monkeypatch):
     old = surface()
 
-    known = [("data", "Any"), ("name", "str"), ("label", "int | None", None)]
+    known = [("data", "Any"), ("name", "str"), ("label", "int | None", None), ("page", "int", 0)]
     grown = dataclasses.make_dataclass("Sample", [*known, ("weight", "float", 1.0)], frozen=True)
     monkeypatch.setattr(records, "Sample", grown)
     monkeypatch.setattr(Mask, "at", lambda self, grid, strict=False: self)
