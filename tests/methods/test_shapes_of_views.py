@@ -51,7 +51,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "vqkd": {
         "encoder": {**VIT, "num_codes": 16, "code_dim": 8}, "masker": "none", "loss": "cosine",
         "target": {"type": "features", "teacher": "teacher"},
-        "teachers": {"teacher": {"encoder": {"type": "vit", **VIT}, "view": "x"}},
+        "teachers": {"teacher": {"encoder": {"type": "vit", **VIT}, "random": True}},
         "decoder": {"type": "vqkd_decoder", **SMALL_DECODER},
     },
 }  # fmt: skip
