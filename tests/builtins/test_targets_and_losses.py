@@ -9,7 +9,7 @@ from mim_framework.builtins.decoders import LinearDecoder
 from mim_framework.builtins.losses import CosineLoss, CrossEntropyLoss, L1Loss, MSELoss
 from mim_framework.builtins.targets import FeatureTarget, PixelTarget
 from mim_framework.contract.mask import Grid, Mask
-from mim_framework.contract.records import Latent, Masked, Pred
+from mim_framework.contract.records import Ask, Latent, Masked, Pred
 from mim_framework.contract.specs import EncoderSpec, Specs, TargetSpec, ViewSpec
 from mim_framework.contract.step import Step
 from mim_framework.nn.patches import normalize_patches, patchify
@@ -159,3 +159,80 @@ def test_feature_target_normalises_the_teachers_tokens():
     assert torch.allclose(values.std(-1, correction=0), torch.ones(1, 4), atol=1e-3)
     with pytest.raises(ValueError, match="no teacher 'dino'; the teachers of this recipe are clip"):
         FeatureTarget(FeatureTarget.Config(teacher="dino"), specs(teachers={"clip": teacher}))
+
+
+class Taught:
+    """A teacher of two blocks: a class token, then four tokens of two channels; `passes` says what was asked."""
+
+    spec = EncoderSpec(
+        2, GRID, 4, 2, 1, num_prefix_tokens=1, offers=Ask(layers=frozenset({0, 1})),
+        layers=dict.fromkeys((0, 1), (2, GRID)),
+    )  # fmt: skip
+    first = torch.tensor([[[9.0, 7.0], [1.0, 3.0], [2.0, 2.0], [5.0, 1.0], [0.0, 2.0]]])
+    second = torch.tensor([[[4.0, 8.0], [3.0, 1.0], [0.0, 4.0], [1.0, 3.0], [2.0, 8.0]]])
+
+    def encode(self, name, view, mask):
+        prefix, tokens = 10 * self.second[:, :1], 10 * self.second[:, 1:]  # after a final norm of sorts
+        return Latent(tokens, GRID, prefix=prefix, layers={0: self.first, 1: self.second})
+
+
+def features(**options) -> tuple[FeatureTarget, list]:
+    """The target, and what it gives for one image."""
+    target = FeatureTarget(FeatureTarget.Config(teacher="t", **options), specs(teachers={"t": Taught.spec}))
+    step = Step(0, 1, 0.0, 1.0, torch.arange(1), 0, None, teachers=Taught())
+    values = target(step, Masked({}, {"x": torch.zeros(1, 3, 8, 8)}))
+    assert values.shape == (1, target.spec.grid.num_patches, target.spec.dim)
+    return target, values[0].tolist()
+
+
+def test_features_are_the_last_tokens_or_those_of_layers_which_are_averaged_or_put_side_by_side():
+    target, values = features(normalize=False)
+    assert (values[0], target.teacher_asks()) == ([30.0, 10.0], {})
+    target, values = features(normalize=False, layers=(0, -1))
+    assert target.teacher_asks() == {"t": Ask(layers=frozenset({0, 1}))}
+    assert (values, target.spec.dim) == ([[2.0, 2.0], [1.0, 3.0], [3.0, 2.0], [1.0, 5.0]], 2)
+    target, values = features(normalize=False, layers=(0, -1), average=False)
+    assert values == [[1.0, 3.0, 3.0, 1.0], [2.0, 2.0, 0.0, 4.0], [5.0, 1.0, 1.0, 3.0], [0.0, 2.0, 2.0, 8.0]]
+    assert target.spec.dim == 4
+
+
+def test_each_layer_is_normalised_by_itself_before_the_average():
+    """Two channels that differ become -1 and 1, two that are equal become 0."""
+    _, values = features(layers=(0, 1))
+    assert values == [pytest.approx(each, abs=1e-4) for each in ([0, 0], [-0.5, 0.5], [0, 0], [-1, 1])]
+    _, of_average = features(layers=(1,))
+    assert of_average == [pytest.approx(each, abs=1e-4) for each in ([1, -1], [-1, 1], [-1, 1], [-1, 1])]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"pool": "mean"}, [15.0, 40.0]),
+        ({"pool": "cls"}, [40.0, 80.0]),
+        ({"pool": "mean", "layers": (0, 1)}, [(2 + 1.5) / 2, (2 + 4) / 2]),
+        ({"pool": "cls", "layers": (0, 1), "average": False}, [9.0, 7.0, 4.0, 8.0]),
+    ],
+)
+def test_pooled_features_stand_for_the_whole_image(options, expected):
+    target, values = features(normalize=False, **options)
+    assert values == [expected]
+    assert target.spec.grid == Grid(())
+
+
+def test_features_that_the_teacher_has_not_are_refused_by_name():
+    bare = EncoderSpec(2, GRID, 4, 2, 1, layers={0: (2, GRID), 1: (3, GRID)})
+    for options, message in (
+        ({"pool": "cls"}, "pool=cls, but teacher 't' has no class token; use pool=mean"),
+        ({"layers": (0, 1)}, r"the layers \[0, 1\] of 't' differ in width or grid"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FeatureTarget(FeatureTarget.Config(teacher="t", **options), specs(teachers={"t": bare}))
+
+
+def test_pixels_say_what_their_vectors_are_made_of():
+    """(rows, columns, channels): the last number of a patch is the last channel of its last pixel."""
+    target = PixelTarget(PixelTarget.Config(patch_size=(4, 2)), specs())
+    assert (target.spec.layout, target.spec.dim, target.spec.grid) == ((4, 2, 3), 24, Grid((2, 4)))
+    image = torch.arange(3 * 8 * 8).reshape(1, 3, 8, 8).float()
+    patch = target(step(), Masked({"x": Mask(torch.ones(1, 8, dtype=torch.bool), target.spec.grid)}, {"x": image}))
+    assert torch.equal(patch.values[0, 0].reshape(target.spec.layout)[3, 1], image[0, :, 3, 1])
