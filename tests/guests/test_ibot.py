@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import interpolate, log_softmax, softmax
 
@@ -363,6 +365,36 @@ def test_without_masks_there_is_no_patch_loss_and_training_goes_on(tmp_path):
     lines = lines_of(trained(tmp_path, "masker.mask_prob=0").run.dir)
     assert [line["loss/patch"] for line in lines] == [0.0] * 3
     assert all(line["loss/cls"] > 0 for line in lines)
+
+
+CASES = sorted((Path(__file__).parent / "data").glob("attmask-masks_*.safetensors"))
+"""Masks of the official code (gkakogeorgiou/attmask at 9f62061), with the attention and the draws behind them."""
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
+def test_masks_of_attention_are_the_official_ones_for_the_official_draws(ibot, case):
+    with safe_open(case, "pt") as file:
+        calls = json.loads(file.metadata()["calls"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    attention = tensors["input/attention"]
+    num_patches = attention.shape[1]
+    for call in calls:
+        key, mode = call["key"], call["mode"]
+        order = -attention if mode == "low" else attention
+        hidden = ibot.most_attended(order, int(call["masking_ratio"] * num_patches))
+        hidden &= tensors[f"input/uniform/{key}"][:, None] < call["masking_prob"]
+        if mode == "hint":
+            candidates = ibot.most_attended(attention, int(call["show_max"] * num_patches))
+            assert torch.equal(candidates, tensors[f"out/candidates/{key}"].bool()), key
+            revealed = tensors[f"input/revealed/{key}"]
+            noise = torch.full_like(attention, 0.5).scatter(1, revealed, 0.1)  # the official draws come first
+            count = torch.full((len(attention), 1), call["show_ratio"] * num_patches).long()
+            shown = ibot.some_of(candidates, noise, count)
+            assert torch.equal(shown.nonzero()[:, 1].reshape(revealed.shape), revealed.sort(dim=1).values), key
+            hidden &= ~shown
+        assert torch.equal(hidden, tensors[f"out/mask/{key}"].bool()), key
+    assert {call["mode"] for call in calls} == {"high", "low", "hint"}
+    assert len(CASES) == 2
 
 
 # --- teacher ---------------------------------------------------------------------------------------------------------
