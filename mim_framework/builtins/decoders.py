@@ -46,9 +46,11 @@ class LinearDecoder(Decoder):
         self.spec = PredSpec.for_target(specs.target, self.grid)
 
     def forward(self, latent: Latent, mask: Mask) -> Pred:
-        ids = mask.at(self.grid).ids_predict
-        tokens = latent.tokens if ids is None else gather_tokens(latent.tokens, ids)
-        return Pred(self.head(self.norm(tokens)), self.grid, ids)
+        mask = mask.at(self.grid)
+        ids = mask.ids_predict
+        if ids is None:
+            return Pred(mask.per_set(self.head(self.norm(latent.tokens))), self.grid)
+        return Pred(self.head(self.norm(gather_tokens(latent.tokens, ids))), self.grid, ids)
 
 
 class PooledDecoder(Decoder):

@@ -11,16 +11,20 @@ from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss
 
 from mim_framework.base.section import Section
 from mim_framework.contract.components import Loss
-from mim_framework.contract.mask import Mask
+from mim_framework.contract.mask import Mask, repeated_rows
 from mim_framework.contract.records import Latent, Measured, Pred
 
 
 def align(pred: Pred, target: Tensor | Pred) -> tuple[Tensor, Tensor]:
-    """Prediction and target at the same positions: those that both hold."""
+    """Prediction and target at the same positions: those that both hold.
+
+    A target that has one row for each sample stands for all of its masks and sets of positions.
+    """
     if not isinstance(target, Pred):
         target = Pred(target, pred.grid)
     ids = pred.ids if pred.ids is not None else target.ids
-    return pred.at(ids), target.at(ids)
+    values = pred.at(ids)
+    return values, repeated_rows(target.at(ids), len(values))
 
 
 def num_predicted(ids: Tensor | None, mask: Mask) -> Tensor | float:

@@ -157,8 +157,7 @@ class MaskTokenViT(Encoder):
 
         Of several masks of a sample each has a row.
         """
-        patches = mask.per_mask(self.patch_embed(view))
-        patches = put_mask_token(patches, self.mask_token, mask, always=self.training)
+        patches = put_mask_token(self.patch_embed(view), self.mask_token, mask, always=self.training)
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
 

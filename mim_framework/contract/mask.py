@@ -266,6 +266,14 @@ def _first(chosen: Tensor, count: int) -> Tensor:
 
 
 def repeated_rows(values: Tensor, num_rows: int) -> Tensor:
-    """values (B, ...) -> (num_rows, ...), the whole batch again and again; as they are if there are so many already."""
-    repeats = num_rows // len(values)
+    """values (B, ...) -> (num_rows, ...), the whole batch again and again; as they are if there are so many already.
+
+    Raises:
+        ValueError: if `num_rows` is no multiple of B.
+    """
+    repeats, rest = divmod(num_rows, len(values))
+    if rest or not repeats:
+        raise ValueError(
+            f"{len(values)} rows cannot stand for {num_rows}: masks or sets of each sample need a multiple"
+        )
     return values if repeats == 1 else values.repeat(repeats, *[1] * (values.ndim - 1))

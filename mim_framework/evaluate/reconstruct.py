@@ -26,8 +26,8 @@ def reconstruct(objective: Objective, views: ViewBuilder, step: Step, batch: dic
         return None  # the evaluation view is "x" alone
     with evaluation_mode(objective):
         masked = objective.masker(step, views.prepare(step, batch))
-        if any(len(mask.hidden) != len(masked.clean(name)) for name, mask in masked.masks.items()):
-            return None  # several masks of an image
+        if any(len(mask.where) != len(masked.clean(name)) for name, mask in masked.masks.items()):
+            return None  # several masks of an image, or several sets of positions to predict
         latent = objective.encode(masked)
         if latent is None:
             return None

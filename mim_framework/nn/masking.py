@@ -26,10 +26,13 @@ def paste(values: Tensor, ids: Tensor | None, onto: Tensor, mask: Mask) -> Tenso
 def put_mask_token(tokens: Tensor, mask_token: Tensor, mask: Mask, *, always: bool = False) -> Tensor:
     """tokens (B, N, D) or (B, h, w, D), of the grid of `mask`, with `mask_token` (1, 1, D) wherever it hides.
 
+    Of several masks of a sample each gives a row: (M * B, N, D).
+
     Args:
         always: also where the mask is known to hide nothing, as in training: a parameter that is unused once would stop
             distributed training.
     """
+    tokens = mask.per_mask(tokens)
     if mask.num_hidden == 0 and not always:
         return tokens
     return torch.where(mask.hidden.unflatten(1, tokens.shape[1:-1])[..., None], mask_token, tokens)

@@ -236,3 +236,12 @@ def test_pixels_say_what_their_vectors_are_made_of():
     image = torch.arange(3 * 8 * 8).reshape(1, 3, 8, 8).float()
     patch = target(step(), Masked({"x": Mask(torch.ones(1, 8, dtype=torch.bool), target.spec.grid)}, {"x": image}))
     assert torch.equal(patch.values[0, 0].reshape(target.spec.layout)[3, 1], image[0, :, 3, 1])
+
+
+def test_one_row_of_a_target_stands_for_all_sets_that_are_predicted():
+    """Two sets of one sample; pixels are 1, 2, 3, 4, and zeros are predicted everywhere."""
+    predict = torch.tensor([[True, False, False, False], [False, False, True, True]])
+    mask, loss = mask_of([1, 1, 1, 1]).predicting(predict), L1Loss(L1Loss.Config(), specs())
+    wanted = torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])
+    measured = loss(Pred(torch.zeros(2, 4, 1), GRID), wanted, mask, None)
+    assert (measured.loss.item(), measured.count.item()) == (pytest.approx((1 + 3 + 4) / 3), 3)

@@ -84,18 +84,23 @@ class MAEDecoder(Decoder):
         return self.decoder_blocks
 
     def forward(self, latent: Latent, mask: Mask) -> Pred:
-        """Predictions at `mask.ids_predict` (B, M), or at every position if that is None."""
+        """Predictions at `mask.ids_predict` (B, M), or at every position if that is None; of several sets, of each."""
         tokens = latent.tokens if latent.prefix is None else torch.cat([latent.prefix, latent.tokens], dim=1)
         x = self.decoder_embed(tokens)
         if latent.ids is not None:
             x = self.insert_mask_tokens(x, latent.ids)
         x = x + self.decoder_pos_embed
 
-        ids = mask.at(self.spec.grid).ids_predict
+        mask = mask.at(self.spec.grid)
+        ids = mask.ids_predict
         *blocks, last = self.decoder_blocks
         for block in blocks:
             x, _ = block(x)
-        x = last(x)[:, self.num_prefix_tokens :] if ids is None else last(x, ids + self.num_prefix_tokens)
+        if ids is None or mask.num_sets > 1:  # of several sets each takes its own from one pass over all positions
+            x = last(x)[:, self.num_prefix_tokens :]
+            x = mask.per_set(x) if ids is None else gather_tokens(x, ids)
+        else:
+            x = last(x, ids + self.num_prefix_tokens)
         return Pred(self.decoder_pred(self.decoder_norm(x)), self.spec.grid, ids)
 
     def insert_mask_tokens(self, x: Tensor, ids: Tensor) -> Tensor:
