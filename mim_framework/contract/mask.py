@@ -165,7 +165,12 @@ class Mask:
         return replace(self, predict=predict, max_predict=max_predict)
 
     def complement(self) -> Mask:
-        """Hidden and visible exchanged; predicts what is now hidden."""
+        """Hidden and visible exchanged; predicts what is now hidden. The same object whenever it is asked for."""
+        return self._complement
+
+    @cached_property
+    def _complement(self) -> Mask:
+        """So that several who pass the encoder over what was hidden share the pass (`Step.detached`)."""
         shuffle = None if self._ids_shuffle is None else self._ids_shuffle.flip(1)
         num_hidden = self.num_keep if self.equal else None
         return replace(
