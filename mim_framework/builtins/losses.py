@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss
@@ -36,14 +37,14 @@ def num_predicted(ids: Tensor | None, mask: Mask) -> Tensor | float:
 
 
 def masked_mean(per_position: Tensor, ids: Tensor | None, mask: Mask) -> Tensor:
-    """Mean over the positions to predict. per_position (B, M) holds the positions `ids` (None = all N)."""
+    """Mean over the positions to predict, 0 if there are none. per_position (B, M) holds `ids` (None = all N)."""
     weights = mask.where
     if ids is not None:
         if mask.equal and mask.predict is None:  # the positions are exactly the hidden ones
             return per_position.mean()
         weights = weights.gather(1, ids)
     weights = weights.to(per_position.dtype)
-    return (per_position * weights).sum() / weights.sum()
+    return (per_position * weights).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 class PositionLoss(Loss):

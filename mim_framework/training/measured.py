@@ -96,7 +96,8 @@ class History:
         columns = [*losses.values(), *metrics.values(), total, *norms.values(), told]
         means = world.mean(torch.stack(columns)).tolist()
         num_averaged = len(losses) + len(metrics)
-        shares = iter(value / means[num_averaged] for value in means)
+        divisor = means[num_averaged] or math.nan  # no position of the whole step was predicted: it does not count
+        shares = iter(value / divisor for value in means)
         return Summary(
             losses={name: next(shares) for name in losses},
             metrics={name: next(shares) for name in metrics},

@@ -245,3 +245,12 @@ def test_one_row_of_a_target_stands_for_all_sets_that_are_predicted():
     wanted = torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])
     measured = loss(Pred(torch.zeros(2, 4, 1), GRID), wanted, mask, None)
     assert (measured.loss.item(), measured.count.item()) == (pytest.approx((1 + 3 + 4) / 3), 3)
+
+
+def test_a_micro_batch_with_nothing_to_predict_has_a_loss_of_zero_and_a_gradient():
+    values = torch.ones(1, 4, 1, requires_grad=True)
+    measured = MSELoss(MSELoss.Config(), specs())(
+        Pred(values, GRID), torch.zeros(1, 4, 1), Mask(torch.zeros(1, 4, dtype=torch.bool), GRID), None
+    )
+    measured.loss.backward()
+    assert (measured.loss.item(), measured.count.item(), values.grad.abs().sum().item()) == (0, 0, 0)
