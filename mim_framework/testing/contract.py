@@ -20,6 +20,7 @@ from torch import nn
 from mim_framework.assembly.trained import trained_encoder
 from mim_framework.base.errors import CheckpointError
 from mim_framework.checkpoints.checkpoint import load_weights
+from mim_framework.contract.components import JointEncoder
 from mim_framework.contract.mask import Mask
 from mim_framework.convert import export_run, import_checkpoint, read_checkpoint
 from mim_framework.recipe.draft import load_recipe
@@ -36,6 +37,7 @@ from mim_framework.testing.runs import (
     choices_of,
     components_of,
     draw,
+    encoded,
     first_batch,
     last_four,
     losses_of,
@@ -47,6 +49,7 @@ from mim_framework.testing.runs import (
     recipes_of,
     run,
     same,
+    seen_by,
     small_recipes,
     state_of,
     trainer_of,
@@ -184,7 +187,7 @@ class RecipeContract:
             for name in spec.views:
                 mask = whole.masks[name]
                 mask.validate()
-                assert mask.grid == spec.grid
+                assert mask.grid == spec.grid_of(name)
                 assert (mask.equal, mask.shared) >= (spec.equal, spec.shared)
                 assert (mask.partner is not None) == spec.mixes
                 assert torch.equal(half.masks[name].hidden, of_samples(mask, slice(4, None)))
@@ -198,12 +201,13 @@ class RecipeContract:
     def test_masks_hide_as_many_as_the_masker_says(self, recipe: str, changes: list[str], tmp_path: Path):
         with trainer_of(tmp_path, recipe, *changes) as trainer:
             masker, batch = masker_of(trainer), first_batch(trainer)
-            counts = []
+            counts, spec = [], masker.spec
+            alike = [name for name in spec.views if spec.grid_of(name) == spec.grid]  # `num_hidden` is of the first
             for index in range(16):
                 moved = replace(batch, positions=batch.positions + 8 * index)
                 masks = draw(trainer, masker, moved, index)[0].masks
-                counts += [masks[name].hidden.sum(1).float().mean() for name in masker.spec.views]
-            expected, positions = masker.spec.num_hidden, masker.spec.grid.num_patches
+                counts += [masks[name].hidden.sum(1).float().mean() for name in alike]
+            expected, positions = spec.num_hidden, spec.grid.num_patches
             assert abs(float(torch.stack(counts).mean()) - expected) <= max(1.0, 0.1 * positions)
 
     def test_tokens_hold_no_prefix_and_an_encoder_gives_what_it_offers(
@@ -213,12 +217,14 @@ class RecipeContract:
             masker, batch, encoder = masker_of(trainer), first_batch(trainer), trainer.objective.encoder
             trainer.objective.eval()
             masked, _ = draw(trainer, masker, batch)
-            name = masker.spec.views[0]
-            mask = masked.masks[name]
-            assert_latent(encoder, encoder(masked.views[name], mask, encoder.spec.offers), mask.at(encoder.spec.grid))
+            views = encoder.spec.views if isinstance(encoder, JointEncoder) else masker.spec.views[:1]
+            masks = {name: masked.masks[name] for name in views}
+            assert_latent(encoder, encoded(encoder, masked.views, masks), masks)
             if "none" in encoder.spec.accepts:
-                nothing = Mask.none(len(mask.hidden), encoder.spec.grid)
-                assert_latent(encoder, encoder(masked.views[name], nothing, encoder.spec.offers), nothing)
+                nothing = {
+                    name: Mask.none(len(mask.hidden), seen_by(encoder, name).grid) for name, mask in masks.items()
+                }
+                assert_latent(encoder, encoded(encoder, masked.views, nothing), nothing)
 
     def test_every_phase_reaches_all_that_it_trains(self, recipe: str, changes: list[str], tmp_path: Path):
         with trainer_of(tmp_path, recipe, *changes) as trainer:

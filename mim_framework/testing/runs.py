@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mim_framework.checkpoints import checkpoint
-from mim_framework.contract.components import Encoder, Masker
+from mim_framework.contract.components import Encoder, JointEncoder, Masker
 from mim_framework.contract.hooks import hookimpl
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Latent, Masked, Views
+from mim_framework.contract.specs import EncoderSpec
 from mim_framework.data.loader import Batch
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
@@ -168,25 +169,32 @@ def of_samples(mask: Mask, part: slice, num_samples: int = 8) -> Tensor:
     return mask.hidden.unflatten(0, (-1, num_samples))[:, part].flatten(0, 1)
 
 
-def assert_latent(encoder: Encoder, latent: Latent, mask: Mask) -> None:
-    """An encoder's answer to all that it offers is as its spec says; `mask` is on its grid."""
+def seen_by(encoder: Encoder, view: str) -> EncoderSpec:
+    """The encoder as a view sees it; one of a single view takes any, as a caller hands it one without its name."""
+    return encoder.spec.of(view) if isinstance(encoder, JointEncoder) else encoder.spec
+
+
+def encoded(encoder: Encoder, views: Views, masks: dict[str, Mask]) -> Latent:
+    """All that an encoder offers of the masked views: of those that it joins, or of one."""
+    if isinstance(encoder, JointEncoder):
+        return encoder(views, masks, encoder.spec.offers)
+    ((name, mask),) = masks.items()
+    return encoder(views[name], mask, encoder.spec.offers)
+
+
+def assert_latent(encoder: Encoder, latent: Latent, masks: dict[str, Mask]) -> None:
+    """An encoder's answer to all that it offers is as its spec says, for every view that it joins or for the one."""
     spec, ask = encoder.spec, encoder.spec.offers
-    batch_size, num_tokens, dim = latent.tokens.shape
-    num_visible = mask.num_keep if spec.visible_only else spec.grid.num_patches
-    assert (batch_size, num_tokens, dim) == (len(mask.hidden), num_visible, spec.dim)
-    assert latent.grid == spec.grid
     prefix = 0 if latent.prefix is None else latent.prefix.shape[1]
     assert prefix == spec.num_prefix_tokens
-    if latent.ids is None:
-        assert num_tokens == spec.grid.num_patches, "tokens at some positions only, but no ids that say which"
-    elif spec.visible_only:
-        assert not mask.hidden.gather(1, latent.ids).any(), "a token stands at a hidden position"
-    assert latent.layers.keys() >= ask.layers
-    for number, layer in latent.layers.items():
-        layer_dim, grid = spec.layers.get(number, (spec.dim, spec.grid))
-        length = prefix + (num_visible if grid == spec.grid else grid.num_patches)
-        assert layer.shape == (batch_size, length, layer_dim), f"layer {number}"
-    total = prefix + num_visible
+    total = prefix
+    if isinstance(encoder, JointEncoder):
+        assert latent.stretches.keys() == set(spec.views)
+    for name, mask in masks.items():
+        seen = seen_by(encoder, name)
+        total += assert_tokens(seen, latent.of(name), mask.at(seen.grid))
+    assert latent.tokens.shape[1] == total - prefix
+    batch_size = len(latent.tokens)
     assert latent.attn.keys() >= ask.attn
     for number, attention in latent.attn.items():
         assert attention.shape == (batch_size, spec.num_heads, total, total), f"attention of block {number}"
@@ -194,6 +202,24 @@ def assert_latent(encoder: Encoder, latent: Latent, mask: Mask) -> None:
     for number, qkv in latent.qkv.items():
         assert qkv.shape[:4] == (3, batch_size, spec.num_heads, total), f"qkv of block {number}"
     assert latent.aux.keys() >= ask.aux
+
+
+def assert_tokens(spec: EncoderSpec, latent: Latent, mask: Mask) -> int:
+    """Tokens and layers of one view are as the encoder's spec says; `mask` is on its grid. Returns their number."""
+    batch_size, num_tokens, dim = latent.tokens.shape
+    num_visible = mask.num_keep if spec.visible_only else spec.grid.num_patches
+    assert (batch_size, num_tokens, dim) == (len(mask.hidden), num_visible, spec.dim)
+    assert latent.grid == spec.grid
+    if latent.ids is None:
+        assert num_tokens == spec.grid.num_patches, "tokens at some positions only, but no ids that say which"
+    elif spec.visible_only:
+        assert not mask.hidden.gather(1, latent.ids).any(), "a token stands at a hidden position"
+    assert latent.layers.keys() >= spec.offers.layers
+    for number, layer in latent.layers.items():
+        layer_dim, grid = spec.layers.get(number, (spec.dim, spec.grid))
+        length = spec.num_prefix_tokens + (num_visible if grid == spec.grid else grid.num_patches)
+        assert layer.shape == (batch_size, length, layer_dim), f"layer {number}"
+    return num_tokens
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
