@@ -25,6 +25,7 @@ from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
 from mim_framework.data.loader import Batch, Loader
 from mim_framework.data.order import SampleOrder
+from mim_framework.evaluate.pictures import flat
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import as_picture
 from mim_framework.training.setup import set_up
@@ -233,7 +234,7 @@ def name_of(source: Any, index: int) -> str:
 
 
 def save_images(trainer: Trainer, batch: Batch, folder: Path) -> None:
-    """The view "x" of a micro-batch as PNG files, named by position.
+    """The view "x" of a micro-batch as PNG files, named by position; of clips some frames, side by side.
 
     Raises:
         MimError: if it holds no images, or they cannot be written.
@@ -244,7 +245,7 @@ def save_images(trainer: Trainer, batch: Batch, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for position, pixels in zip(batch.positions.tolist(), trainer.run.model.views.to_image(view), strict=True):
-            as_picture(pixels.cpu()).save(folder / f"position_{position:08d}.png")
+            as_picture(flat(pixels).cpu()).save(folder / f"position_{position:08d}.png")
     except OSError as error:
         raise MimError(f"cannot write to {folder}: {error.strerror}") from error
 
