@@ -47,11 +47,11 @@ from mim_framework.nn.blocks import Block
     ]
 
 
-def test_the_seven_plugins_and_the_three_guests_are_looked_at():
+def test_the_seven_plugins_and_the_five_guests_are_looked_at():
     assert {source.relative_to(ROOT).as_posix().split("/src/")[1].split("/")[0] for source in SOURCES} == {
         f"mim_plugin_{name}"
         for name in (
             "beit", "beitv2", "mae", "maskfeat", "mff", "mixmim", "simmim",
-            "guest_adios", "guest_ibot", "guest_pointmae",
+            "guest_adios", "guest_ibot", "guest_multimodal", "guest_pointmae", "guest_video",
         )
     }  # fmt: skip

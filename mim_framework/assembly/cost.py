@@ -63,14 +63,16 @@ def _count(recipe: Recipe, model: Model, device: torch.device) -> Cost:
     parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in model.objective.named_children()}
     if model.teachers.sections:
         parameters["teachers"] = sum(p.numel() for p in model.teachers.parameters())
-    positions = 0 if model.objective.encoder is None else model.specs.encoder.grid.num_patches
+    encoder = model.specs.encoder
+    grids = [encoder.of(view).grid for view in encoder.views]
+    positions = 0 if model.objective.encoder is None else sum(grid.num_patches for grid in grids)
     hidden = round(model.specs.masker.num_hidden * positions / model.specs.masker.grid.num_patches)
     return Cost(
         parameters={name: count for name, count in parameters.items() if count},
         trainable=sum(p.numel() for p in model.objective.parameters() if p.requires_grad),
         forward_flops=forward / batch_size,
         train_flops=counter.get_total_flops() / batch_size,
-        tokens=positions - hidden if model.specs.encoder.visible_only else positions,
+        tokens=positions - hidden if encoder.visible_only else positions,
         positions=positions,
     )
 
