@@ -158,16 +158,19 @@ def _from_line(line: bytes) -> dict[str, Any] | None:
     return {key: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in values.items()}
 
 
+def _step_of(line: bytes) -> int | None:
+    values = _from_line(line)
+    return None if values is None else values["step"]
+
+
 def _drop_lines_after(step: int, path: Path) -> None:
     """Keep the whole lines up to `step`."""
     if not path.exists():
         return
     content = path.read_bytes()
-    kept = b""
-    for line in content.splitlines(keepends=True):
-        values = _from_line(line)
-        if step and values is not None and values["step"] <= step:
-            kept += line.rstrip(b"\n") + b"\n"
+    lines = content.splitlines() if step else []
+    wanted = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
+    kept = b"".join(line + b"\n" for line in wanted)
     if kept != content:
         replace_file(path, kept)
 
