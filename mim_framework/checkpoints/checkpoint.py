@@ -130,6 +130,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if _STEP.fullmatch(path.name)), key=step_of)
 
 
+def newest_before(folder: Path, step: int) -> Path | None:
+    """The newest checkpoint of fewer steps, not verified."""
+    return next((path for path in reversed(list_checkpoints(folder)) if step_of(path) < step), None)
+
+
+def set_aside_from(folder: Path, step: int) -> list[str]:
+    """Take the checkpoints of this and later steps out of the run, under the suffix `.aside`; returns their names."""
+    later = [path for path in list_checkpoints(folder) if step_of(path) >= step]
+    for path in reversed(later):  # the newest first, so that a kill leaves no gap
+        _set_aside(path)
+    return [path.name for path in later]
+
+
 def step_of(path: Path) -> int:
     """The step in the name of a checkpoint."""
     return int(path.name.removeprefix("step_"))
@@ -201,10 +214,17 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return found.tensors("model")
 
 
-def prune(folder: Path, section: CheckpointSection, steps_per_epoch: int) -> None:
-    """Delete all but the newest `section.keep` steps and those kept for good. A failure to delete only warns."""
+def prune(folder: Path, section: CheckpointSection, steps_per_epoch: int, *, before: int | None = None) -> None:
+    """Delete all but the newest `section.keep` steps and those kept for good. A failure to delete only warns.
+
+    Args:
+        before: the newest of all steps before this one is kept too.
+    """
+    precious = None if before is None else newest_before(folder, before)
     for path in list_checkpoints(folder)[: -section.keep]:
         every = section.keep_every_epochs
+        if path == precious:
+            continue
         if every and step_of(path) % max(1, round(every * steps_per_epoch)) == 0:
             continue
         try:  # renamed first, so that a kill cannot leave half a step under its final name
@@ -286,7 +306,7 @@ def _set_aside(path: Path) -> None:
     aside = path.with_name(path.name + ".aside")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
-    logger.warning(f"set aside {path}: it is damaged, or newer than the step from which the run went on")
+    logger.warning(f"set aside {path}: it is damaged, or newer than the step from which the run goes on")
 
 
 def _temporary(path: Path) -> Path:

@@ -27,13 +27,15 @@ OrderKind = Literal["shuffled", "blocks", "sequential"]
 class BatchLayout:
     """How the positions of an optimizer step are dealt to micro-batches and ranks.
 
-    `total_batch_size` images per optimizer step over all ranks, `batch_size` per rank and micro-batch.
+    `total_batch_size` images per optimizer step over all ranks, `batch_size` per rank and micro-batch. `left_out` are
+    ranges [first, end) of steps whose images are not used, in order and apart: later steps read on behind them.
     """
 
     total_batch_size: int
     batch_size: int
     rank: int = 0
     world_size: int = 1
+    left_out: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.total_batch_size % (self.batch_size * self.world_size):
@@ -47,9 +49,16 @@ class BatchLayout:
         """Micro-batches of one rank per optimizer step."""
         return self.total_batch_size // (self.batch_size * self.world_size)
 
+    def data_step(self, step: int) -> int:
+        """The step whose images an optimizer step reads, if none were left out."""
+        for first, end in self.left_out:
+            if step >= first:
+                step += end - first
+        return step
+
     def positions(self, step: int, micro: int) -> range:
         """The global positions of this rank's micro-batch `micro` in optimizer step `step`, both from 0."""
-        start = step * self.total_batch_size + (micro * self.world_size + self.rank) * self.batch_size
+        start = self.data_step(step) * self.total_batch_size + (micro * self.world_size + self.rank) * self.batch_size
         return range(start, start + self.batch_size)
 
 

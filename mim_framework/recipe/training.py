@@ -35,6 +35,11 @@ class TrainSection(Section):
     same."""
     max_nonfinite_steps: int = Field(5, ge=0)
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    on_explosion: Literal["warn", "stop", "rewind"] = "stop"
+    """What is done about a loss that explodes without ceasing to be a number. `stop` keeps a checkpoint from before the
+    rise and sets later ones aside; `rewind` goes back to it and leaves out the images of the steps around the rise."""
+    max_rewinds: int = Field(3, ge=0)
+    """How often a run may go back with `rewind` before it stops."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:

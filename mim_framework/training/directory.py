@@ -25,10 +25,14 @@ from mim_framework.recipe.recipe import Recipe
 from mim_framework.recipe.writing import dump_recipe
 from mim_framework.registry.registry import Registry
 
+EXPLOSIONS = "explosions.json"
+"""Name of the record of losses that exploded."""
+
 MAY_CHANGE = (
     "description", "output_dir", "init", "data.workers", "data.prefetch_factor", "data.source.root", "data.max_broken",
     "data.accept_changed_source", "data.tokens", "train.batch_size", "train.device", "train.precision",
-    "train.distributed", "train.compile", "train.max_nonfinite_steps", "log", "checkpoint", "evaluate",
+    "train.distributed", "train.compile", "train.max_nonfinite_steps", "train.on_explosion", "train.max_rewinds", "log",
+    "checkpoint", "evaluate",
 )  # fmt: skip
 """Keys that a resumed run may change: none of them changes what is learned, beyond rounding."""
 
@@ -44,7 +48,8 @@ def prepare_directory(recipe: Recipe, registry: Registry, world: World, *, fresh
     written = directory / "recipe.yaml"
 
     def prepare() -> None:
-        if written.exists() and list_checkpoints(directory / "checkpoints"):
+        begun = written.exists() and list_checkpoints(directory / "checkpoints")
+        if begun:
             if fresh:
                 raise RecipeError(
                     f"{directory} holds a run already, and --fresh refuses to go on with it; choose another name"
@@ -57,12 +62,22 @@ def prepare_directory(recipe: Recipe, registry: Registry, world: World, *, fresh
                 )
         with _writing(recipe):
             directory.mkdir(parents=True, exist_ok=True)
+            if not begun and not _is_of(written, recipe, registry):
+                (directory / EXPLOSIONS).unlink(missing_ok=True)  # those of another run that never was saved
             replace_file(written, dump_recipe(recipe).encode())
             facts = json.dumps(environment(registry, world), indent=1) + "\n"
             replace_file(directory / "environment.json", facts.encode())
 
     world.on_main(prepare)
     return directory
+
+
+def _is_of(written: Path, recipe: Recipe, registry: Registry) -> bool:
+    """Whether the recipe in a run directory is this one."""
+    try:
+        return written.exists() and not changed_keys(load_written(written, registry), recipe)
+    except RecipeError:
+        return False
 
 
 def run_directory(recipe: Recipe) -> Path:

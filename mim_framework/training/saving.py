@@ -49,29 +49,42 @@ class Saver:
         broken = sum((~local(parameter.detach()).isfinite()).sum() for parameter in parameters)
         return float(self.run.world.sum(broken.float())) == 0
 
-    def save(self, done: int, numbers: dict[str, Any]) -> None:
+    def save(self, done: int, numbers: dict[str, Any], *, rising: int = 0) -> None:
         """Write the state after `done` steps. Every rank must call it.
 
         Args:
-            numbers: what the log and the count of skipped steps must remember.
+            numbers: what the log, the count of skipped steps and the watch over the loss must remember.
+            rising: steps for which the loss has been rising; the newest checkpoint from before them is kept.
         """
         run, teachers = self.run, self.run.model.teachers.moving()
         groups = state.gather(run.model.objective, teachers, self.optimizers, run.world)
         content = {
             "num_images": len(run.source),
             "source": self.identity,
+            "left_out": list(map(list, run.layout.left_out)),
             **numbers,
             "optimizer_scalars": state.scalars(self.optimizers),
         }
 
         def write() -> Path:
             path = checkpoint.save_checkpoint(self.folder, done, groups, content)
-            checkpoint.prune(self.folder, run.recipe.checkpoint, run.steps_per_epoch)
+            before = done - rising if rising else None
+            checkpoint.prune(self.folder, run.recipe.checkpoint, run.steps_per_epoch, before=before)
             return path
 
         path = run.world.on_main(write)
         if path is not None:
             self.saved(path)
+
+    def back_to(self, since: int) -> tuple[int, str] | None:
+        """Set aside what was saved while a loss rose; step and name of the checkpoint before. On rank 0.
+
+        Args:
+            since: the step, from 0, at which the rise was measured first; the update before it made it.
+        """
+        checkpoint.set_aside_from(self.folder, max(since, 1))
+        path = checkpoint.newest_before(self.folder, since)
+        return None if path is None else (checkpoint.step_of(path), path.name)
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
         """Put a checkpoint's tensors and numbers into model, teachers and optimizers."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,8 +20,10 @@ import torch
 
 from mim_framework.assembly.builder import build_optimizers
 from mim_framework.base import rng
+from mim_framework.base.errors import TrainingError
 from mim_framework.checkpoints.checkpoint import Checkpoint
 from mim_framework.contract.components import Component
+from mim_framework.contract.world import World
 from mim_framework.data.loader import Batch, Loader
 from mim_framework.evaluate.base import Splits
 from mim_framework.recipe.draft import load_recipe
@@ -31,6 +34,8 @@ from mim_framework.runtime.metrics import MetricsWriter, as_picture
 from mim_framework.runtime.sharding import gradient_sync, whole_weights
 from mim_framework.training.directory import prepare_directory, sole_run
 from mim_framework.training.evaluations import Evaluations, planned
+from mim_framework.training.explosion import Rise, Watch
+from mim_framework.training.explosions import Explosions, GoneBack, merged
 from mim_framework.training.log import Log
 from mim_framework.training.measured import History, Summary
 from mim_framework.training.pictures import draw_fixed
@@ -62,9 +67,21 @@ def train(
         recipe, overrides = load_recipe(recipe, changes, registry), {}
     if overrides:
         raise ValueError(f"a checked recipe takes no overrides, got {', '.join(overrides)}; give them to load_recipe")
-    with Trainer.opened(recipe, registry, fresh=fresh) as trainer:
-        trainer.fit()
-        return trainer.run.dir
+    registry = registry or Registry()
+    with joined(recipe) as (world, device):
+        while True:
+            with Trainer.ready(recipe, registry, world, device, fresh=fresh) as trainer, suppress(GoneBack):
+                trainer.fit()
+                return trainer.run.dir
+            del trainer  # before its successor is built
+            fresh = False
+
+
+@contextmanager
+def joined(recipe: Recipe) -> Iterator[tuple[World, torch.device]]:
+    """Together with the other ranks, and the only run in the directory."""
+    with process_group(recipe.train.device) as (world, device), sole_run(recipe, world):
+        yield world, device
 
 
 class Trainer:
@@ -89,6 +106,7 @@ class Trainer:
             planned(run.recipe, registry), self.objective.encoder, run.model.views, splits,
             device=run.device, world=run.world, workers=run.recipe.data.num_workers, precision=self._outside_a_step,
         )  # fmt: skip
+        self.watch, self.explosions = Watch(run.recipe), Explosions(run.dir)
         self.start, self.resumed = 0, None
 
     @classmethod
@@ -100,18 +118,31 @@ class Trainer:
             MimError: for everything that a user can cause and cure.
         """
         registry = registry or Registry()
-        with process_group(recipe.train.device) as (world, device), sole_run(recipe, world):
-            directory = partial(prepare_directory, recipe, registry, world, fresh=fresh)
-            trainer = cls(set_up(recipe, registry, world, device, directory), registry)
-            trainer.go_on_from(trainer.checkpoints.newest())
-            with trainer._observed():
-                yield trainer
+        with joined(recipe) as (world, device), cls.ready(recipe, registry, world, device, fresh=fresh) as trainer:
+            yield trainer
+
+    @classmethod
+    @contextmanager
+    def ready(
+        cls, recipe: Recipe, registry: Registry, world: World, device: torch.device, *, fresh: bool = False
+    ) -> Iterator[Trainer]:
+        """The same on a rank that has joined the others."""
+        directory = partial(prepare_directory, recipe, registry, world, fresh=fresh)
+        trainer = cls(set_up(recipe, registry, world, device, directory), registry)
+        trainer.go_on_from(trainer.checkpoints.newest())
+        world.on_main(lambda: trainer.explosions.forget_after(trainer.start))
+        with trainer._observed():
+            yield trainer
 
     def go_on_from(self, found: Checkpoint | None) -> None:
         """Take the state of a checkpoint, if there is one, and stand at its step."""
+        holes = self.explosions.holes()
         if found is not None:
             self.checkpoints.restore(found)
             self.start, self.resumed = found.step, found
+            self.watch = Watch(self.run.recipe, found.state.get("watch"))
+            holes += found.state.get("left_out", [])
+        self.run.layout = replace(self.run.layout, left_out=merged(holes))
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -194,8 +225,12 @@ class Trainer:
         line = self.log.step(done, measured)
         if line is not None and run.world.is_main:
             self._announce("mim_metrics_logged", step=done, metrics=line)
+        if measured.finite:
+            rise = self.watch.step(done - 1, measured.losses, epoch=run.epoch(done - 1), last=last)
+            if rise is not None:
+                self._exploded(rise)
         if last or self.stop.agreed or self.checkpoints.due(done) or self._first_skipped(done, measured):
-            self.checkpoints.save(done, self.log.state())
+            self.checkpoints.save(done, self._numbers(), rising=self.watch.rising)
         if self.stop.agreed and not last:
             self.log.note(f"stopped by signal after step {done}; the same command goes on from here")
             self.stop.leave()
@@ -204,6 +239,42 @@ class Trainer:
         )
         if last or run.due(done, recipe.log.images_every_epochs):
             self._draw(done)
+
+    def _numbers(self) -> dict[str, Any]:
+        """What a resumed run must remember besides tensors."""
+        return {**self.log.state(), "watch": self.watch.state()}
+
+    def _exploded(self, rise: Rise) -> None:
+        """Do what the recipe says about a loss that explodes.
+
+        Raises:
+            GoneBack: if the run goes on from an earlier checkpoint.
+            TrainingError: if it stops.
+        """
+        run, section = self.run, self.run.recipe.train
+        action = section.on_explosion
+        if action == "warn":
+            run.world.on_main(lambda: self.explosions.add(rise, action, None, run.layout, 0))
+            self.log.note(f"{rise}; the run goes on, as train.on_explosion is warn")
+            self.watch.accept()
+            return
+        spent = action == "rewind" and self.explosions.num_rewinds >= section.max_rewinds
+        action = "stop" if spent else action
+        kept = run.world.share(run.world.on_main(lambda: self.checkpoints.back_to(rise.since)))
+        step, name = kept if kept is not None else (0, None)
+        run.world.on_main(lambda: self.explosions.add(rise, action, name, run.layout, step))
+        where = f"{name}, from before" if name else "the beginning, as no checkpoint from before it was kept"
+        if action == "rewind":
+            self.log.note(f"{rise}; the run goes back to {where}, and leaves out the images of the steps around it")
+            raise GoneBack
+        often = f" after going back {section.max_rewinds} times (train.max_rewinds)" if spent else ""
+        error = TrainingError(
+            f"{rise}; stopped{often}. The same command goes on from {where}; later ones are set aside. Lower the "
+            "learning rate, set optim.clip_grad_norm, or choose train.on_explosion=rewind, which leaves the images of "
+            "these steps out, or warn, which goes on"
+        )
+        error.told_by_another_rank = not run.world.is_main
+        raise error
 
     def _first_skipped(self, done: int, measured: Summary) -> bool:
         """Whether to keep the state for `mim replay`: at the first skipped step of a row, if its weights are finite."""

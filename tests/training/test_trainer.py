@@ -294,8 +294,8 @@ def test_a_run_begun_on_two_ranks_goes_on_with_one(tmp_path, mode):
         with Trainer.opened(recipe, registry) as trainer:
             save = trainer.checkpoints.save
 
-            def save_and_stop(done, numbers):
-                save(done, numbers)
+            def save_and_stop(done, numbers, **more):
+                save(done, numbers, **more)
                 trainer.stop.agreed = True
 
             trainer.checkpoints.save = save_and_stop

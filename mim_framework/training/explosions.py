@@ -1,0 +1,89 @@
+"""What became of the explosions of a run: `explosions.json`, which tells a run that went back what to leave out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mim_framework.base.errors import MimError
+from mim_framework.base.files import replace_file
+from mim_framework.data.order import BatchLayout
+from mim_framework.training.directory import EXPLOSIONS
+from mim_framework.training.explosion import Rise
+
+STEPS_BEFORE = 100
+"""So many steps before a rise are left out with it; PaLM (Chowdhery et al. 2022, section 5.1) went back as far."""
+
+Holes = tuple[tuple[int, int], ...]
+
+
+class GoneBack(Exception):
+    """The run goes back to an earlier checkpoint: open it again."""
+
+
+class Explosions:
+    """The record of one run directory. Rank 0 writes it, every rank reads it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """
+        Raises:
+            MimError: if the record cannot be read.
+        """
+        self.path = run_dir / EXPLOSIONS
+        try:
+            self.entries: list[dict[str, Any]] = json.loads(self.path.read_bytes()) if self.path.exists() else []
+            self.holes()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise MimError(
+                f"{self.path} cannot be read ({error}); it says which images the run leaves out since it went back. "
+                "Bring it back, or delete it to go on with those that the newest checkpoint knows of"
+            ) from None
+
+    @property
+    def num_rewinds(self) -> int:
+        """How often the run has gone back."""
+        return len(self.holes())
+
+    def holes(self) -> list[tuple[int, int]]:
+        """What each return leaves out."""
+        found = [entry["left_out_steps"] for entry in self.entries if entry["action"] == "rewind"]
+        return [(int(first), int(end)) for first, end in found]
+
+    def forget_after(self, step: int) -> None:
+        """The run goes on after `step`: what was only told or stopped later will be told again."""
+        kept = [entry for entry in self.entries if entry["action"] == "rewind" or entry["until"] < step]
+        if kept != self.entries:
+            self.entries = kept
+            self._write()
+
+    def add(self, rise: Rise, action: str, checkpoint: str | None, layout: BatchLayout, go_back_to: int) -> None:
+        """Write an explosion down.
+
+        Args:
+            checkpoint: that from before the rise.
+            go_back_to: step of that checkpoint, for `rewind`.
+        """
+        entry = {"action": action, **vars(rise), "checkpoint": checkpoint}
+        if action == "rewind":
+            first = layout.data_step(max(go_back_to, rise.since - STEPS_BEFORE))
+            end = layout.data_step(rise.until) + 1
+            size = layout.total_batch_size
+            entry |= {"left_out_steps": [first, end], "left_out_positions": [first * size, end * size]}
+        self.entries.append(entry)
+        self._write()
+
+    def _write(self) -> None:
+        replace_file(self.path, (json.dumps(self.entries, indent=1) + "\n").encode())
+
+
+def merged(holes: Iterable[Iterable[int]]) -> Holes:
+    """Ranges [first, end) in order, those that touch as one."""
+    found: list[tuple[int, int]] = []
+    for first, end in sorted((first, end) for first, end in holes):
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((first, end))
+    return tuple(found)
