@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mim_framework.assembly.builder import build_source
 from mim_framework.assembly.cost import measure_cost
+from mim_framework.assembly.doubts import doubts
 from mim_framework.assembly.length import batch_layout, run_length
 from mim_framework.base.precision import uses_bfloat16
 from mim_framework.recipe.recipe import Recipe
@@ -42,8 +43,8 @@ def report(recipe: Recipe, registry: Registry, *, world_size: int = 1) -> str:
     for name, section in recipe.named_optimizers().items():
         label = "optimizer" if len(recipe.named_optimizers()) == 1 else f"optimizer {name}"
         lines[label] = f"{section.type}, peak learning rate {section.peak_lr(layout.total_batch_size):.3g}"
-    if doubts := recipe.doubts(recipe.train.epochs or total_steps / steps_per_epoch):
-        lines["warning"] = "; ".join(doubts)
+    if found := doubts(recipe, registry, source, device, cost=cost):
+        lines["warning"] = "; ".join(found)
     width = max(map(len, lines))
     return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
 

@@ -155,7 +155,7 @@ class Recipe(Section):
         return [phase.name for phase in self.named_phases()]
 
     def doubts(self, epochs: float) -> list[str]:
-        """What is allowed but hardly meant, in a run of so many epochs."""
+        """What is allowed but hardly meant, in a run of so many epochs; `assembly.doubts` has more to say."""
         return [
             f"the warm-up of optimizer '{name}', {section.warmup_epochs:g} epochs, is no shorter than the run of "
             f"{epochs:g}: the learning rate stays below its peak"

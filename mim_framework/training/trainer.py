@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mim_framework.assembly.builder import build_optimizers
+from mim_framework.assembly.doubts import doubts
 from mim_framework.base import rng
 from mim_framework.base.errors import TrainingError
 from mim_framework.checkpoints.checkpoint import Checkpoint
@@ -92,7 +93,7 @@ class Trainer:
 
     def __init__(self, run: Run, registry: Registry) -> None:
         """A run as `set_up` makes it, before its first step."""
-        self.hook = registry.hook
+        self.registry, self.hook = registry, registry.hook
         self.failed_listeners: set[str] = set()
         self.run, self.engine, self.objective = run, run.engine, run.model.objective
         self.teachers = run.model.teachers
@@ -186,7 +187,7 @@ class Trainer:
         self._announce("mim_run_started")
         try:
             with self.stop.watched(run.world), closing(iter(self.loader)) as batches:
-                for doubt in (*(run.model.notes if self.start == 0 else ()), *run.recipe.doubts(run.epochs)):
+                for doubt in self._doubts():
                     self.log.note(doubt)
                 self._say_what_is_left_out()
                 for index in range(self.start, run.total_steps):
@@ -205,6 +206,13 @@ class Trainer:
             raise
         finally:
             self._announce("mim_run_finished", error=error)
+
+    def _doubts(self) -> list[str]:
+        """What is allowed but hardly meant, on rank 0 of a run that begins."""
+        run = self.run
+        if self.start or not run.world.is_main:
+            return []
+        return [*run.model.notes, *doubts(run.recipe, self.registry, run.source, run.device)]
 
     def calibrate(self, micro_batches: Iterable[Batch]) -> None:
         """Let components begin from the data of the first step."""
