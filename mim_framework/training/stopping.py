@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,21 +12,25 @@ import torch
 from torch import Tensor
 
 from mim_framework.contract.world import World
-from mim_framework.runtime.launch import STOP_SIGNALS
+from mim_framework.runtime.launch import STOP_SIGNALS, under_launcher
 
 
 class StopSignal:
     """SIGTERM, SIGUSR1, Ctrl-C: finish the step, save, leave with 128 + signal. A second Ctrl-C leaves at once.
 
-    `agreed` once any rank was told; all ranks then leave after the same step.
+    A rank whose launcher has ended, however it ended, takes it for SIGTERM. `agreed` once any rank was told; all ranks
+    then leave after the same step.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self.agreed = False
+        self.launcher = os.getppid() if under_launcher() else None
 
     def told(self, device: torch.device) -> Tensor:
         """1 if this rank was told, a 0-dim tensor on the device, for the reduction of the step."""
+        if self.launcher is not None and os.getppid() != self.launcher and not self.received:
+            self.received = signal.SIGTERM
         return torch.tensor(float(self.received > 0), device=device)
 
     def leave(self) -> None:
