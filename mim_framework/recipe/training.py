@@ -35,6 +35,10 @@ class TrainSection(Section):
     same."""
     max_nonfinite_steps: int = Field(5, ge=0)
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    step_timeout: float | None = Field(1800.0, gt=0)
+    """Seconds that a step may take, with its images; null for no limit. A run whose step takes longer ends, says which
+    rank hangs, and leaves the stacks of all ranks in the run directory. Ranks wait for each other as long, and at least
+    10 minutes, since rank 0 saves meanwhile."""
     on_explosion: Literal["warn", "stop", "rewind"] = "stop"
     """What is done about a loss that explodes without ceasing to be a number. `stop` keeps a checkpoint from before the
     rise and sets later ones aside; `rewind` goes back to it and leaves out the images of the steps around the rise."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -57,11 +58,14 @@ def _gpu(local_rank: int) -> int:
 
 
 @contextmanager
-def process_group(wanted_device: str) -> Iterator[tuple[World, torch.device]]:
+def process_group(wanted_device: str, *, timeout: float | None = None) -> Iterator[tuple[World, torch.device]]:
     """Join the ranks that the launcher started, or run alone.
 
     The ranks leave together at the end, and at a SystemExit, on which they must have agreed. After any other error a
     rank just leaves: the others may wait for it in a collective, where it could only join them; the launcher ends them.
+
+    Args:
+        timeout: seconds that a rank waits for the others in a collective; by default those of torch.
 
     Raises:
         MimError: if a variable of the launcher is missing, or as `choose_device`.
@@ -82,7 +86,8 @@ def process_group(wanted_device: str) -> Iterator[tuple[World, torch.device]]:
             "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; unset RANK and WORLD_SIZE to train without one"
         )
     on_gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    limit = None if timeout is None else timedelta(seconds=timeout)
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, timeout=limit)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), local_rank), device
     except SystemExit:

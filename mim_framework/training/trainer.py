@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,12 @@ from mim_framework.training.run import Run
 from mim_framework.training.saving import Saver
 from mim_framework.training.setup import set_up
 from mim_framework.training.stopping import StopSignal
+from mim_framework.training.watchdog import LAST_RESORT_SECONDS, Watchdog
 
 logger = logging.getLogger(__name__)
+
+LEAST_GROUP_TIMEOUT = 600.0
+"""Seconds that ranks wait for each other at least: rank 0 saves and hashes checkpoints meanwhile."""
 
 
 def train(
@@ -81,7 +85,9 @@ def train(
 @contextmanager
 def joined(recipe: Recipe) -> Iterator[tuple[World, torch.device]]:
     """Together with the other ranks, and the only run in the directory."""
-    with process_group(recipe.train.device) as (world, device), sole_run(recipe, world):
+    limit = recipe.train.step_timeout
+    timeout = None if limit is None else max(limit, LEAST_GROUP_TIMEOUT) + LAST_RESORT_SECONDS
+    with process_group(recipe.train.device, timeout=timeout) as (world, device), sole_run(recipe, world):
         yield world, device
 
 
@@ -102,6 +108,7 @@ class Trainer:
         self.phases = run.recipe.named_phases()
         self.optimizers = build_optimizers(run.recipe, self.objective, run.layout.total_batch_size)
         self.stop = StopSignal()
+        self.watchdog = Watchdog(run.dir, run.world, run.recipe.train.step_timeout)
         self.checkpoints = Saver(run, self.optimizers, saved=self._saved)
         self.evaluations = Evaluations(
             planned(run.recipe, registry), self.objective.encoder, run.model.views, splits,
@@ -152,14 +159,18 @@ class Trainer:
         torch.manual_seed(self.step_seed(index))  # dropout and the like, so that they resume exactly
         accum_steps = self.run.layout.accum_steps
         summaries: dict[str, Summary] = {}
+        place = count()
         for phase in self.phases:
+            self.watchdog.at(index, f"phase {phase.name}, before its first micro-batch", next(place))
             optimizers = [self.optimizers[name] for name in phase.optimizers]
             history = History(accum_steps, over_positions=self.run.recipe.train.average == "over_positions")
             for micro, batch in enumerate(micro_batches, start=1):
                 step = self.run.step(index, batch, phase.name)
+                self.watchdog.at(index, f"phase {phase.name}, micro-batch {micro} of {accum_steps}", next(place))
                 with gradient_sync(self.engine.model, enabled=micro == accum_steps):
                     loss = history.add(batch, self.engine.forward(step, batch.views))
                     (phase.sign * loss).backward()
+            self.watchdog.at(index, f"phase {phase.name}, after its micro-batches", next(place))
             self.engine.before_step(step)
             history.divide(self.objective.parameters(), self.run.world)
             for optimizer in optimizers:
@@ -168,6 +179,7 @@ class Trainer:
             summary = history.reduce(
                 self.run.world, grad_norms, self.stop.told(self.run.device)
             )  # waits for the device
+            self.watchdog.at(index, f"phase {phase.name}, after the wait for the other ranks", next(place))
             if summary.finite:
                 for optimizer in optimizers:
                     optimizer.step()
@@ -186,26 +198,31 @@ class Trainer:
         run, error = self.run, None
         self._announce("mim_run_started")
         try:
-            with self.stop.watched(run.world), closing(iter(self.loader)) as batches:
+            with self.watchdog.watched(), self.stop.watched(run.world), closing(iter(self.loader)) as batches:
                 for doubt in self._doubts():
                     self.log.note(doubt)
                 self._say_what_is_left_out()
                 for index in range(self.start, run.total_steps):
-                    micro_batches: Iterable[Batch] = islice(
-                        batches, run.layout.accum_steps
-                    )  # read while the device works
-                    begins = index == 0 and self.engine.begins_from_data()
-                    if begins or len(self.phases) > 1:
-                        micro_batches = list(micro_batches)
-                    if begins:
-                        self.calibrate(micro_batches)
-                    self._after_step(index + 1, self.train_step(index, micro_batches))
+                    self.watchdog.at(index, "before its images", -1)
+                    with self.watchdog.over_a_step():
+                        measured = self._whole_step(index, batches)
+                    self._after_step(index + 1, measured)
                 self._say_what_is_left_out()
         except BaseException as raised:
             error = raised
             raise
         finally:
             self._announce("mim_run_finished", error=error)
+
+    def _whole_step(self, index: int, batches: Iterator[Batch]) -> Summary:
+        """A step with what the first one needs before it."""
+        micro_batches: Iterable[Batch] = islice(batches, self.run.layout.accum_steps)  # read while the device works
+        begins = index == 0 and self.engine.begins_from_data()
+        if begins or len(self.phases) > 1:
+            micro_batches = list(micro_batches)
+        if begins:
+            self.calibrate(micro_batches)
+        return self.train_step(index, micro_batches)
 
     def _doubts(self) -> list[str]:
         """What is allowed but hardly meant, on rank 0 of a run that begins."""

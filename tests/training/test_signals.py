@@ -174,3 +174,63 @@ def test_what_fails_on_rank_0_is_said_once_and_ends_all(start, tmp_path):
     assert job.said.count(f"mim: output_dir {tmp_path}: cannot write {tmp_path / 'tiny'}") == 1
     assert "Traceback" not in job.said
     assert "mim: rank 0 ended with exit code 1; its message is above" in job.said
+
+
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(start):
+    job = start("train.steps=100000")
+    job.wait_for_step(3)
+    ranks = job.ranks()
+    os.kill(job.process.pid, signal.SIGKILL)
+    job.process.wait()
+    give_up = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < give_up, job.said
+        time.sleep(0.1)
+    [step] = saved(job.dir)
+    assert f"stopped by signal after step {step}" in job.said
+    assert logged(job.dir) == step
+
+
+@pytest.mark.parametrize("hung", [0, 1])
+def test_a_rank_that_hangs_is_named_and_leaves_the_stacks_of_all(start, tmp_path, monkeypatch, hung):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(HANGING.format(rank=hung))
+    paths = [str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    job = start("train.step_timeout=4")
+    assert job.process.wait(120) == 1, job.said
+    assert job.said.count(f"step_timeout=4 seconds: rank {hung} hangs at step 5, phase main, before its first") == 1
+    stacks = [(job.dir / f"stacks.rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert "a_place_to_hang_in" in stacks[hung]
+    assert "a_place_to_hang_in" not in stacks[1 - hung]
+    assert "train_step" in stacks[1 - hung]
+
+
+HANGING = """
+import importlib.abc, importlib.util, os, sys, time
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "mim_framework.training.measured" or os.environ.get("RANK") != "{rank}":
+            return None
+        sys.meta_path.remove(self)
+        found = importlib.util.find_spec(name)
+        execute = found.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            made, begin = [], module.History.__init__
+
+            def a_place_to_hang_in(history, *args, **options):
+                begin(history, *args, **options)
+                made.append(1)
+                if len(made) == 6:
+                    time.sleep(1000)
+
+            module.History.__init__ = a_place_to_hang_in
+
+        found.loader.exec_module = exec_module
+        return found
+
+sys.meta_path.insert(0, Finder())
+"""
