@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -56,3 +59,22 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class SideFile:
+    """A list beside a run, one line at a time. It is not worth a run: what cannot be written is warned about once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._failed = False
+
+    def append(self, lines: Iterable[str]) -> None:
+        """Add lines, which bear no line feed."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # on a machine that does not share the folder
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in lines)
+        except OSError as error:
+            if not self._failed:
+                logger.warning(f"cannot write {self.path}: {error.strerror}. The run goes on without it")
+            self._failed = True

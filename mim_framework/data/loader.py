@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mim_framework.base.errors import DataError
+from mim_framework.base.files import SideFile
 from mim_framework.base.section import Choice, LocalPath, Section
 from mim_framework.contract.components import Source, ViewBuilder
 from mim_framework.data.companions import Companion
@@ -123,7 +124,8 @@ class Loader:
         self._first_broken: list[Broken] = []
         self._num_read = 0
         self._on_broken = on_broken
-        self._broken_list = None if run_dir is None else Path(run_dir) / f"broken_images.rank{layout.rank}.jsonl"
+        name = f"broken_images.rank{layout.rank}.jsonl"
+        self._broken_list = None if run_dir is None else SideFile(Path(run_dir) / name)
 
     def __iter__(self) -> Iterator[Batch]:
         """
@@ -172,9 +174,7 @@ class Loader:
         self.broken_counts.update(sample.cause for sample in broken)
         self._first_broken = (self._first_broken + broken)[:3]
         if self._broken_list is not None:
-            self._broken_list.parent.mkdir(parents=True, exist_ok=True)  # on a machine that does not share the folder
-            with open(self._broken_list, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(sample)) + "\n" for sample in broken)
+            self._broken_list.append(json.dumps(asdict(sample)) for sample in broken)
         if self._on_broken is not None:
             for sample in broken:
                 self._on_broken(sample)
@@ -183,7 +183,7 @@ class Loader:
             return
         causes = ", ".join(f"{count} {cause}" for cause, count in self.broken_counts.most_common())
         first = "; ".join(f"{sample.name} ({sample.detail})" for sample in self._first_broken)
-        listed = "" if self._broken_list is None else f" All are listed in {self._broken_list}."
+        listed = "" if self._broken_list is None else f" All are listed in {self._broken_list.path}."
         why = (
             f"more than data.max_broken={allowed:g} allows" if complete else f"{1 + MAX_REPLACEMENTS} of them in a row"
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mim_framework.base.errors import TrainingError
+from mim_framework.base.files import SideFile
 from mim_framework.contract.components import Component
 from mim_framework.data.loader import Loader
 from mim_framework.runtime.metrics import MetricsWriter, Throughput
@@ -35,6 +36,7 @@ class Log:
         self.run, self.optimizers, self.loader = run, optimizers, loader
         self.metrics, self.progress = metrics, progress
         self.throughput = Throughput(run.device)
+        self.skipped_steps = SideFile(run.dir / "nonfinite.jsonl")
         self.window: dict[str, float] = dict(state.get("window", {}))
         self.nonfinite_in_a_row = int(state.get("nonfinite_in_a_row", 0))
 
@@ -71,8 +73,7 @@ class Log:
         samples = positions[bad] if cause == "loss" else positions
         parts = [name.removeprefix("loss/") for name in summary.nonfinite_losses if name != "loss"]
         line = {"step": index, "phase": phase, "cause": cause, "losses": parts, "positions": samples.flatten().tolist()}
-        with (run.dir / "nonfinite.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self.skipped_steps.append([json.dumps(line)])
         which = f" ({', '.join(parts)})" if parts else ""
         self.note(
             f"step {index}: the {cause}{which} is not finite, no update; `mim replay {run.dir}` says where it begins"
