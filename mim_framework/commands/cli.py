@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 TELLING_SECONDS = 5.0
 """A silent rank waits so long before it leaves: with the first one, the launcher ends the one that tells."""
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as a shell has it."""
 
 class LocalPath(click.Path):
     """A path, in which `~` and `file://` mean what they mean in a recipe."""
@@ -57,13 +59,13 @@ class Settings:
         return load_recipe(recipe, overrides, self.registry)
 
 
-def _leave_group_behind() -> None:
+def _leave_group_behind(status: int = 1) -> None:
     """End a rank that failed at once: its peers are not waited for, and gloo's threads now and then abort an exit."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(status)
 
 
 class ErrorPolicy(click.Group):
@@ -72,6 +74,10 @@ class ErrorPolicy(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("mim: interrupted", err=True)
+            _leave_group_behind(INTERRUPTED)
+            ctx.exit(INTERRUPTED)
         except MimError as error:
             if ctx.params["debug"]:
                 raise
