@@ -35,6 +35,9 @@ class TrainSection(Section):
     same."""
     max_nonfinite_steps: int = Field(5, ge=0)
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    on_save_error: Literal["stop", "warn"] = "stop"
+    """What is done when a checkpoint cannot be written on the way, as on a full disk: end the run, or warn and go on
+    with the earlier ones. The last one, and that of a run that is stopped, must be written."""
     step_timeout: float | None = Field(1800.0, gt=0)
     """Seconds that a step may take, with its images; null for no limit. A run whose step takes longer ends, says which
     rank hangs, and leaves the stacks of all ranks in the run directory. Ranks wait for each other as long, and at least

@@ -49,12 +49,16 @@ class Saver:
         broken = sum((~local(parameter.detach()).isfinite()).sum() for parameter in parameters)
         return float(self.run.world.sum(broken.float())) == 0
 
-    def save(self, done: int, numbers: dict[str, Any], *, rising: int = 0) -> None:
+    def save(self, done: int, numbers: dict[str, Any], *, rising: int = 0, must: bool = True) -> None:
         """Write the state after `done` steps. Every rank must call it.
 
         Args:
             numbers: what the log, the count of skipped steps and the watch over the loss must remember.
             rising: steps for which the loss has been rising; the newest checkpoint from before them is kept.
+            must: whether the run ends where it cannot be written, whatever the recipe says.
+
+        Raises:
+            CheckpointError: if it cannot be written.
         """
         run, teachers = self.run, self.run.model.teachers.moving()
         groups = state.gather(run.model.objective, teachers, self.optimizers, run.world)
@@ -72,7 +76,14 @@ class Saver:
             checkpoint.prune(self.folder, run.recipe.checkpoint, run.steps_per_epoch, before=before)
             return path
 
-        path = run.world.on_main(write)
+        try:
+            path = run.world.on_main(write)
+        except CheckpointError as error:
+            if must or run.recipe.train.on_save_error == "stop":
+                raise
+            if run.world.is_main:
+                logger.warning(f"{error}. The run goes on, as train.on_save_error is warn")
+            return
         if path is not None:
             self.saved(path)
 

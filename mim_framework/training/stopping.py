@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,13 @@ from torch import Tensor
 from mim_framework.contract.world import World
 from mim_framework.runtime.launch import STOP_SIGNALS, under_launcher
 
+STDERR = 2
+"""The descriptor: a handler may run inside a write to the stream."""
+
+
+class StepGivenUp(Exception):
+    """A step is left before anything of it counts."""
+
 
 class StopSignal:
     """SIGTERM, SIGUSR1, Ctrl-C: finish the step, save, leave with 128 + signal. A second Ctrl-C leaves at once.
@@ -22,7 +29,9 @@ class StopSignal:
     then leave after the same step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, waits: Callable[[], str] = lambda: "") -> None:
+        """`waits` says for what the run waits when a signal comes, and for how long; "" for nothing."""
+        self.waits = waits
         self.received = 0
         self.agreed = False
         self.launcher = os.getppid() if under_launcher() else None
@@ -47,6 +56,8 @@ class StopSignal:
         def note(number: int, frame: Any) -> None:
             if self.received and number == signal.SIGINT:
                 raise KeyboardInterrupt
+            if not self.received and (text := self.waits()):
+                os.write(STDERR, f"\nmim: {signal.Signals(number).name}: {text}\n".encode())
             self.received = number
 
         previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}

@@ -44,7 +44,8 @@ from mim_framework.training.progress import Progress
 from mim_framework.training.run import Run
 from mim_framework.training.saving import Saver
 from mim_framework.training.setup import set_up
-from mim_framework.training.stopping import StopSignal
+from mim_framework.training.stopping import StepGivenUp, StopSignal
+from mim_framework.training.troubles import explained
 from mim_framework.training.watchdog import LAST_RESORT_SECONDS, Watchdog
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,9 @@ class Trainer:
         self.held_out = splits.sources.get("test", run.source)
         self.phases = run.recipe.named_phases()
         self.optimizers = build_optimizers(run.recipe, self.objective, run.layout.total_batch_size)
-        self.stop = StopSignal()
+        self.stop = StopSignal(self._until_the_stop)
+        self.persistent = self.objective.state_dict().keys()
+        self.marks: list[tuple[int, int]] | None = None
         self.watchdog = Watchdog(run.dir, run.world, run.recipe.train.step_timeout)
         self.checkpoints = Saver(run, self.optimizers, saved=self._saved)
         self.evaluations = Evaluations(
@@ -181,6 +184,7 @@ class Trainer:
             )  # waits for the device
             self.watchdog.at(index, f"phase {phase.name}, after the wait for the other ranks", next(place))
             if summary.finite:
+                self.marks = None
                 for optimizer in optimizers:
                     optimizer.step()
                 self.engine.after_step(step)
@@ -204,9 +208,8 @@ class Trainer:
                 self._say_what_is_left_out()
                 for index in range(self.start, run.total_steps):
                     self.watchdog.at(index, "before its images", -1)
-                    with self.watchdog.over_a_step():
-                        measured = self._whole_step(index, batches)
-                    self._after_step(index + 1, measured)
+                    if (trouble := self._one_step(index, batches)) is not None:
+                        raise TrainingError(f"{trouble}. {self._save_what_there_is(index)}")
                 self._say_what_is_left_out()
         except BaseException as raised:
             error = raised
@@ -214,15 +217,81 @@ class Trainer:
         finally:
             self._announce("mim_run_finished", error=error)
 
+    def _one_step(self, index: int, batches: Iterator[Batch]) -> str | None:
+        """A step and what comes after it, or what has kept the run from it.
+
+        The error itself is let go here: its traceback would hold the memory that ran out, or the workers that are left.
+        """
+        try:
+            with self.watchdog.over_a_step():
+                measured = self._whole_step(index, batches)
+            self._after_step(index + 1, measured)
+        except StepGivenUp:
+            self._leave_before(index)
+        except Exception as error:
+            if (text := explained(error, self.run, index)) is None:
+                raise
+            return text
+        return None
+
     def _whole_step(self, index: int, batches: Iterator[Batch]) -> Summary:
         """A step with what the first one needs before it."""
-        micro_batches: Iterable[Batch] = islice(batches, self.run.layout.accum_steps)  # read while the device works
+        self.marks = self._buffer_marks()
+        read = islice(batches, self.run.layout.accum_steps)  # while the device works
+        micro_batches: Iterable[Batch] = self._until_told(read)
         begins = index == 0 and self.engine.begins_from_data()
         if begins or len(self.phases) > 1:
             micro_batches = list(micro_batches)
         if begins:
             self.calibrate(micro_batches)
         return self.train_step(index, micro_batches)
+
+    def _until_told(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Micro-batches until a signal comes, if the step can still be given up. Several ranks agree at its end."""
+        for batch in batches:
+            if self.stop.received and self.run.world.size == 1 and self._stands_before_the_step():
+                raise StepGivenUp
+            yield batch
+
+    def _buffer_marks(self) -> list[tuple[int, int]]:
+        """Which tensors the checkpointed buffers are, and how often they were written."""
+        named = self.objective.named_buffers()
+        return [(id(buffer), buffer._version) for name, buffer in named if name in self.persistent]
+
+    def _stands_before_the_step(self) -> bool:
+        """Whether nothing that a checkpoint holds has changed since the step began."""
+        return self.marks is not None and self.marks == self._buffer_marks()
+
+    def _leave_before(self, index: int) -> None:
+        """Stop with the state before a step.
+
+        Raises:
+            SystemExit: always.
+        """
+        self.objective.zero_grad(set_to_none=True)
+        if index:
+            self.checkpoints.save(index, self._numbers(), rising=self.watch.rising)
+        self.log.note(f"stopped by signal after step {index}; the same command goes on from here")
+        self.stop.leave()
+
+    def _save_what_there_is(self, index: int) -> str:
+        """Save the state before a step that failed, where it is still there; says from where the run goes on."""
+        self.objective.zero_grad(set_to_none=True)
+        if index and self.run.world.size == 1 and self._stands_before_the_step():
+            with suppress(Exception):  # what stopped the step may stop this too
+                self.checkpoints.save(index, self._numbers(), rising=self.watch.rising)
+                return f"The same command goes on from step {index}, which was saved"
+        return "The same command goes on from the last checkpoint"
+
+    def _until_the_stop(self) -> str:
+        """For what the run waits when it is told to stop, and for how long."""
+        if not self.run.world.is_main:
+            return ""
+        speed = self.log.throughput.recent()
+        long = f", about {speed['step_s']:.1f} s" if speed else ""
+        micro = self.run.world.size == 1 and self.run.layout.accum_steps > 1
+        what = "next micro-batch or the end of the step" if micro else "end of the step"
+        return f"stopping at the {what}{long}, with a checkpoint; Ctrl-C once more leaves at once, without one"
 
     def _doubts(self) -> list[str]:
         """What is allowed but hardly meant, on rank 0 of a run that begins."""
@@ -255,7 +324,8 @@ class Trainer:
             if rise is not None:
                 self._exploded(rise)
         if last or self.stop.agreed or self.checkpoints.due(done) or self._first_skipped(done, measured):
-            self.checkpoints.save(done, self._numbers(), rising=self.watch.rising)
+            must = last or self.stop.agreed
+            self.checkpoints.save(done, self._numbers(), rising=self.watch.rising, must=must)
         if self.stop.agreed and not last:
             self.log.note(f"stopped by signal after step {done}; the same command goes on from here")
             self.stop.leave()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from pathlib import Path
 
 from mim_framework.contract.world import World
 
+STDERR = 2
+"""The descriptor, which is there whatever has become of `sys.stderr`."""
 GATHERING_SECONDS = 5.0
 """How long the ranks that hang wait for each other's stacks before one of them tells."""
 LAST_RESORT_SECONDS = 60.0
@@ -46,7 +47,7 @@ class Watchdog:
         """The step inside must end in time."""
         if self.seconds is not None:
             self._deadline = time.monotonic() + self.seconds
-            faulthandler.dump_traceback_later(self.seconds + LAST_RESORT_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(self.seconds + LAST_RESORT_SECONDS, exit=True, file=STDERR)
         try:
             yield
         finally:
@@ -83,8 +84,7 @@ class Watchdog:
             time.sleep(0.1)
         written = self._written()
         if min(written, default=self.world.rank) == self.world.rank:
-            sys.stderr.write(f"mim: {self._verdict(written)}\n")
-            sys.stderr.flush()
+            os.write(STDERR, f"mim: {self._verdict(written)}\n".encode())
         else:
             time.sleep(GATHERING_SECONDS)  # the launcher ends the one that tells with the first that leaves
         os._exit(1)
