@@ -59,7 +59,7 @@ def test_the_command_line_starts_two_ranks_and_resumes(tmp_path, mode):
     call(*mim, "checkpoint.every_steps=1", "--nproc-per-node", "2", cwd=tmp_path)
     lines = (tmp_path / "runs/quickstart/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 2
-    environment = json.loads((tmp_path / "runs/quickstart/environment.json").read_text())
+    environment = json.loads((tmp_path / "runs/quickstart/environment.json").read_text())[-1]
     assert environment["world_size"] == 2
 
 
@@ -81,5 +81,5 @@ def test_two_machines_meet_at_an_address(tmp_path):
     for node in nodes:
         _, errors = node.communicate(timeout=240)
         assert node.returncode == 0, errors
-    environment = json.loads((tmp_path / "runs/quickstart/environment.json").read_text())
+    environment = json.loads((tmp_path / "runs/quickstart/environment.json").read_text())[-1]
     assert environment["world_size"] == 2

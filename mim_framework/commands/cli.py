@@ -131,6 +131,12 @@ class RankCount(click.ParamType):
 @click.option("--rdzv-endpoint", metavar="HOST:PORT", help="An address that all machines reach.")
 @click.option("--rdzv-id", help="The same text on all machines of a run.")
 @click.option("--fresh", is_flag=True, help="Refuse to resume a run that is there already.")
+@click.option(
+    "--allow-change",
+    multiple=True,
+    metavar="KEY",
+    help="Go on although this key has changed, for example train.epochs or optim.lr; it is recorded.",
+)
 @click.option("--output", metavar="DIR", help="The same as output_dir=DIR.")
 @click.pass_obj
 def run(
@@ -143,6 +149,7 @@ def run(
     rdzv_endpoint: str | None,
     rdzv_id: str | None,
     fresh: bool,
+    allow_change: tuple[str, ...],
     output: str | None,
 ) -> None:
     """Train. The same command again resumes."""
@@ -155,8 +162,9 @@ def run(
         ranks = _devices(checked.train.device) if isinstance(nproc_per_node, str) else nproc_per_node
         if ranks > 1 or nnodes > 1:
             switches = ["--no-plugins"] if settings.no_plugins else []
+            allowed = [word for key in allow_change for word in ("--allow-change", key)]
             launch(
-                [*switches, "run", *(["--fresh"] if fresh else []), "--", recipe, *overrides],
+                [*switches, "run", *(["--fresh"] if fresh else []), *allowed, "--", recipe, *overrides],
                 nproc_per_node=ranks,
                 nnodes=nnodes,
                 node_rank=node_rank,
@@ -166,7 +174,7 @@ def run(
             return
     from mim_framework.training.trainer import train
 
-    directory = train(checked, settings.registry, fresh=fresh)
+    directory = train(checked, settings.registry, fresh=fresh, allow_change=allow_change)
     if os.environ.get("RANK", "0") == "0":
         click.echo(f"run directory: {directory}")
 

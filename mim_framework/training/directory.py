@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import platform
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ import torch
 
 from mim_framework.base.errors import MimError, RecipeError
 from mim_framework.base.files import replace_file
-from mim_framework.checkpoints.checkpoint import list_checkpoints
+from mim_framework.checkpoints.checkpoint import list_checkpoints, step_of
 from mim_framework.contract.world import World
 from mim_framework.recipe.draft import load_written
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.recipe.writing import dump_recipe
 from mim_framework.registry.registry import Registry
+
+logger = logging.getLogger(__name__)
 
 EXPLOSIONS = "explosions.json"
 """Name of the record of losses that exploded."""
@@ -38,15 +42,31 @@ MAY_CHANGE = (
 """Keys that a resumed run may change: none of them changes what is learned, beyond rounding."""
 
 
-def prepare_directory(recipe: Recipe, registry: Registry, world: World, *, fresh: bool) -> Path:
+CHANGED_BY_WORD = ("train.epochs", "train.steps", "optim", "optimizers")
+"""Keys that a resumed run may change by an explicit word. What they decide follows the new recipe from the step where
+the run goes on: schedules are functions of the step and of the length of the run, so that a cosine over more epochs
+stands higher at the same step."""
+
+NEVER_CHANGED = ("type", "parameters", "options", "layer_decay", "multipliers")
+"""Keys of an optimizer that decide what its state and its groups are."""
+
+
+def prepare_directory(
+    recipe: Recipe, registry: Registry, world: World, *, fresh: bool, allow_change: Sequence[str] = ()
+) -> Path:
     """Create the run directory with `recipe.yaml` and `environment.json`, or check that an existing one is this run's.
 
+    Args:
+        allow_change: keys that may change although they change what is learned; the change is recorded.
+
     Raises:
-        RecipeError: if the directory holds a run of another recipe, or any run and `fresh` is set.
+        RecipeError: if the directory holds a run of another recipe, or any run and `fresh` is set, or if a key cannot
+            be changed in a run.
         MimError: if it cannot be written.
     """
     directory = run_directory(recipe)
     written = directory / "recipe.yaml"
+    check_changeable(allow_change)
 
     def prepare() -> None:
         begun = written.exists() and list_checkpoints(directory / "checkpoints")
@@ -55,22 +75,91 @@ def prepare_directory(recipe: Recipe, registry: Registry, world: World, *, fresh
                 raise RecipeError(
                     f"{directory} holds a run already, and --fresh refuses to go on with it; choose another name"
                 )
-            changed = changed_keys(load_written(written, registry), recipe)
-            if changed:
+            changes = changed_values(load_written(written, registry), recipe)
+            if refused := [key for key in changes if not _among(key, allow_change)]:
+                listed = "; ".join(f"{key}: {changes[key][0]} -> {changes[key][1]}" for key in refused)
+                by_word = [key for key in refused if _by_word(key)]
+                word = f", add {' '.join(f'--allow-change {key}' for key in by_word)}" if by_word == refused else ""
                 raise RecipeError(
-                    f"{directory} holds a run of another recipe, which cannot be resumed: {'; '.join(changed)}. "
-                    "Undo the change, or give the run another name: name=..."
+                    f"{directory} holds a run of another recipe, which cannot be resumed: {listed}. "
+                    f"Undo the change{word}, or give the run another name: name=..."
                 )
         with _writing(recipe):
             directory.mkdir(parents=True, exist_ok=True)
             if not begun and not _is_of(written, recipe, registry):
                 (directory / EXPLOSIONS).unlink(missing_ok=True)  # those of another run that never was saved
+            step = _newest_step(directory)
+            if begun and changes:
+                entry = {"at": _now(), "step": step, "changed": {key: list(both) for key, both in changes.items()}}
+                _append_record(directory / "changes.json", entry)
             replace_file(written, dump_recipe(recipe).encode())
-            facts = json.dumps(environment(registry, world), indent=1) + "\n"
-            replace_file(directory / "environment.json", facts.encode())
+            facts = {"at": _now(), "step": step, **environment(registry, world)}
+            earlier = _append_record(directory / "environment.json", facts)
+        if begun and earlier and (differing := changed_versions(earlier[-1], facts)):
+            logger.warning(
+                f"{directory} goes on under other versions: {'; '.join(differing)}. Up to step {step} it is what it "
+                "was; from there on it need not be, bit for bit, what it would have become"
+            )
 
     world.on_main(prepare)
     return directory
+
+
+def check_changeable(keys: Sequence[str]) -> None:
+    """
+    Raises:
+        RecipeError: if one of the keys cannot be changed in a run, whatever the word.
+    """
+    if wrong := [key for key in keys if not _by_word(key)]:
+        raise RecipeError(
+            f"--allow-change {wrong[0]}: a run cannot change it and go on; what can be changed so: the length "
+            "(train.epochs, train.steps) and the numbers of its optimizers (optim.lr, optim.clip_grad_norm, ...)"
+        )
+
+
+def _by_word(key: str) -> bool:
+    return _among(key, CHANGED_BY_WORD) and not any(part in NEVER_CHANGED for part in key.split("."))
+
+
+def _among(key: str, allowed: Sequence[str]) -> bool:
+    return any(key == each or key.startswith(each + ".") for each in allowed)
+
+
+def _newest_step(directory: Path) -> int:
+    found = list_checkpoints(directory / "checkpoints")
+    return step_of(found[-1]) if found else 0
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The entries of a record such as `environment.json`; of one that cannot be read, none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    entries = content if isinstance(content, list) else [content]  # earlier versions kept the last start alone
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def _append_record(path: Path, entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Add an entry; returns those before it."""
+    earlier = read_records(path)
+    replace_file(path, (json.dumps([*earlier, entry], indent=1) + "\n").encode())
+    return earlier
+
+
+def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What has another version than at an earlier start, as 'torch 2.14.0 -> 2.14.1'."""
+    found = []
+    for kind in ("packages", "plugins"):
+        old, new = before.get(kind), now[kind]
+        for name in sorted(old.keys() | new.keys()) if isinstance(old, dict) else ():
+            if old.get(name) != new.get(name):
+                found.append(f"{name} {old.get(name, 'absent')} -> {new.get(name, 'absent')}")
+    return found
 
 
 def _is_of(written: Path, recipe: Recipe, registry: Registry) -> bool:
@@ -139,13 +228,17 @@ def _writing(recipe: Recipe) -> Iterator[None]:
 
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """Keys whose change would make the resumed run another run, as 'key: old -> new'."""
+    return [f"{key}: {before} -> {after}" for key, (before, after) in changed_values(old, new).items()]
+
+
+def changed_values(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys whose change would make the resumed run another run, with both values."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
+    return {
+        key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
-    ]
+        if before.get(key) != after.get(key) and not _among(key, MAY_CHANGE)
+    }
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

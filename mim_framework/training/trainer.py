@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -55,13 +55,19 @@ LEAST_GROUP_TIMEOUT = 600.0
 
 
 def train(
-    recipe: Recipe | str | Path, registry: Registry | None = None, *, fresh: bool = False, **overrides: Any
+    recipe: Recipe | str | Path,
+    registry: Registry | None = None,
+    *,
+    fresh: bool = False,
+    allow_change: Sequence[str] = (),
+    **overrides: Any,
 ) -> Path:
     """Train a recipe, or go on with it if its run directory holds a checkpoint; returns the run directory.
 
     Args:
         recipe: a checked one, a file, or the name of a shipped one.
         fresh: refuse a run directory that already holds a run.
+        allow_change: keys such as "train.epochs" or "optim.lr" that a run which goes on may change; it is recorded.
         overrides: changes of a file or shipped recipe by key, such as `output_dir="/runs"`, `optim={"lr": 1e-3}` or
             `**{"optim.lr": 1e-3}`.
 
@@ -76,7 +82,8 @@ def train(
     registry = registry or Registry()
     with joined(recipe) as (world, device):
         while True:
-            with Trainer.ready(recipe, registry, world, device, fresh=fresh) as trainer, suppress(GoneBack):
+            prepare = partial(prepare_directory, recipe, registry, world, fresh=fresh, allow_change=allow_change)
+            with Trainer.ready(recipe, registry, world, device, prepare) as trainer, suppress(GoneBack):
                 trainer.fit()
                 return trainer.run.dir
             del trainer  # before its successor is built
@@ -129,16 +136,17 @@ class Trainer:
             MimError: for everything that a user can cause and cure.
         """
         registry = registry or Registry()
-        with joined(recipe) as (world, device), cls.ready(recipe, registry, world, device, fresh=fresh) as trainer:
-            yield trainer
+        with joined(recipe) as (world, device):
+            prepare = partial(prepare_directory, recipe, registry, world, fresh=fresh)
+            with cls.ready(recipe, registry, world, device, prepare) as trainer:
+                yield trainer
 
     @classmethod
     @contextmanager
     def ready(
-        cls, recipe: Recipe, registry: Registry, world: World, device: torch.device, *, fresh: bool = False
+        cls, recipe: Recipe, registry: Registry, world: World, device: torch.device, directory: Callable[[], Path]
     ) -> Iterator[Trainer]:
-        """The same on a rank that has joined the others."""
-        directory = partial(prepare_directory, recipe, registry, world, fresh=fresh)
+        """The same on a rank that has joined the others; `directory` makes or checks the run directory."""
         trainer = cls(set_up(recipe, registry, world, device, directory), registry)
         trainer.go_on_from(trainer.checkpoints.newest())
         world.on_main(lambda: trainer.explosions.forget_after(trainer.start))
@@ -203,6 +211,11 @@ class Trainer:
         self._announce("mim_run_started")
         try:
             with self.watchdog.watched(), self.stop.watched(run.world), closing(iter(self.loader)) as batches:
+                if self.start >= run.total_steps:
+                    self.log.note(
+                        f"the run is finished: its {run.total_steps} steps were made before. To make more, give it a "
+                        "new length, for example train.epochs=N --allow-change train.epochs"
+                    )
                 for doubt in self._doubts():
                     self.log.note(doubt)
                 self._say_what_is_left_out()
