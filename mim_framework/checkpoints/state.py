@@ -1,6 +1,7 @@
 """What a checkpoint of a run holds, to and from whole CPU tensors, whatever the number of ranks and the sharding.
 
-Groups: `model` (names of the objective), `teachers`, and `optimizer.NAME` (parameter name | state key).
+Groups: `model` (names of the objective), `teachers`, `optimizer.NAME` (parameter name | state key), and `log`, what
+components count since the last line of the log.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from mim_framework.base.errors import CheckpointError
 from mim_framework.checkpoints.checkpoint import Checkpoint
+from mim_framework.contract.components import Component
 from mim_framework.contract.world import World
 from mim_framework.runtime.optim import Optimizer
 from mim_framework.runtime.sharding import gather_full, like
@@ -24,6 +26,7 @@ def gather(
     groups = {
         "model": gather_full(objective.state_dict(), world),
         "teachers": gather_full(teachers.state_dict(), world),
+        "log": gather_full(_counted_for_the_log(objective), world),
     }
     for name, optimizer in optimizers.items():
         groups[f"optimizer.{name}"] = gather_full(_optimizer_tensors(optimizer), world)
@@ -43,6 +46,20 @@ def restore(
         _restore_module(teachers, checkpoint.tensors("teachers"), f"{checkpoint.path}: teachers")
     for name, optimizer in optimizers.items():
         _restore_optimizer(optimizer, checkpoint.tensors(f"optimizer.{name}"))
+    counted = checkpoint.tensors("log")
+    for name, buffer in _counted_for_the_log(objective).items():
+        if name in counted and counted[name].shape == buffer.shape:  # earlier versions have not kept them
+            buffer.copy_(counted[name])
+
+
+def _counted_for_the_log(objective: nn.Module) -> dict[str, Tensor]:
+    """What components count since the last line of the log, by place."""
+    return {
+        f"{place}.{name}" if place else name: module.get_buffer(name)
+        for place, module in objective.named_modules()
+        if isinstance(module, Component)
+        for name in module.counted_for_the_log
+    }
 
 
 def _restore_module(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -79,6 +79,10 @@ class Component(nn.Module):
         """What this component wants from which teacher, besides the last tokens."""
         return {}
 
+    counted_for_the_log: ClassVar[tuple[str, ...]] = ()
+    """Names of buffers, equal on all ranks after a step, that count for `metrics` since the last line of the log. They
+    are kept in checkpoints, apart from the model, so that the log of a resumed run is exact."""
+
     def metrics(self) -> dict[str, Tensor]:
         """Scalars of its own parameters and buffers worth logging, read only when a line is logged; detached.
 

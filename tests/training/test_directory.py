@@ -67,9 +67,7 @@ def test_versions_are_compared_by_name():
 
 def test_a_run_is_lengthened_and_slowed_by_an_explicit_word(tmp_path):
     run_dir = run(tmp_path, "train.steps=3")
-    with pytest.raises(
-        RecipeError, match=r"train\.steps: 3 -> 6\. Undo .*add --allow-change train\.steps,"
-    ):
+    with pytest.raises(RecipeError, match=r"train\.steps: 3 -> 6\. Undo .*add --allow-change train\.steps,"):
         run(tmp_path, "train.steps=6")
     changes = ["train.steps=6", "optim.lr=1e-4"]
     with pytest.raises(RecipeError, match=r"optim\.lr: 0\.001 -> 0\.0001\. Undo .*add --allow-change optim\.lr,"):

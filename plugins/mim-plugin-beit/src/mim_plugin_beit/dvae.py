@@ -383,6 +383,8 @@ class ELBOLoss(Loss):
                 raise ValueError(f"'kl_weight' must not be negative, got {min(extremes(self.kl_weight)):g}")
             return self
 
+    counted_for_the_log = ("counts",)
+
     config: Config
 
     def __init__(self, config: Section, specs: Specs) -> None:
@@ -393,7 +395,8 @@ class ELBOLoss(Loss):
             )
         self.vocab_size = specs.encoder.dim
         self.kl_weight = value_at(self.config.kl_weight, 0.0, 1.0)
-        self.warned = self.reported = False
+        self.warned = False
+        self.last_counts: Tensor | None = None
         for name in ("step_counts", "counts"):  # rows: likeliest codes, probabilities; of this step and since a line
             self.register_buffer(name, torch.zeros(2, self.vocab_size), persistent=False)
 
@@ -420,9 +423,6 @@ class ELBOLoss(Loss):
         self.step_counts[1] += probs.sum((0, 1))
 
     def before_step(self, step: Step) -> None:
-        if self.reported:  # a line has been logged since
-            self.counts.zero_()
-            self.reported = False
         self.counts += step.world.sum(self.step_counts)
         self.step_counts.zero_()
         self.late, self.on_main = step.index >= 0.1 * step.total, step.world.is_main
@@ -430,10 +430,11 @@ class ELBOLoss(Loss):
     def metrics(self) -> dict[str, Tensor]:
         if not bool(self.counts.any()):
             return {}
-        self.reported = True
         of_ids, of_probabilities = perplexity(self.counts)
         usage = (self.counts[0] > 0).float().mean()
         self.warn(usage.item())
+        self.last_counts = self.counts.clone()
+        self.counts.zero_()
         return {"usage": usage, "token_perplexity": of_ids, "perplexity": of_probabilities}
 
     def warn(self, usage: float) -> None:
@@ -448,4 +449,5 @@ class ELBOLoss(Loss):
             )
 
     def pictures(self) -> dict[str, Tensor]:
-        return {"usage": usage_picture(self.counts[0])} if bool(self.counts.any()) else {}
+        counts = self.counts if bool(self.counts.any()) else self.last_counts
+        return {} if counts is None else {"usage": usage_picture(counts[0])}

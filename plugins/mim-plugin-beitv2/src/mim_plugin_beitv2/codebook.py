@@ -79,7 +79,7 @@ class EMACodebook(nn.Module):
         self.decay, self.revive_after = decay, revive_after
         self.register_buffer("codes", normalize(torch.randn(num_codes, dim), dim=-1))
         self.register_buffer("initted", torch.full((1,), 0.0 if begins_from_data else 1.0))
-        # What has been seen since the last update, and since the last line of the log; no checkpoint needs it.
+        # What has been seen since the last update, and since the last line of the log; no model needs it.
         self.register_buffer("counts", torch.zeros(num_codes), persistent=False)
         self.register_buffer("sums", torch.zeros(num_codes, dim), persistent=False)
         self.register_buffer("window", torch.zeros(num_codes), persistent=False)

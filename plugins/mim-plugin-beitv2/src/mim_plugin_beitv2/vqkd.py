@@ -121,6 +121,8 @@ class VQKDEncoder(Encoder):
         warn_usage: float = Field(0.1, ge=0, lt=1)
         """Share of codes in use below which a warning is logged once; 0 for none."""
 
+    counted_for_the_log = ("codebook.window",)
+
     config: Config
 
     def __init__(self, config: Section, specs: Specs) -> None:
