@@ -207,7 +207,7 @@ def test_a_newer_format_and_foreign_files_are_refused(tmp_path):
 # --- full disk -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", ["save_file", "_flush", "_sha256"])
+@pytest.mark.parametrize("call", ["save_file", "flush", "_sha256"])
 def test_a_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path, monkeypatch, call):
     save_checkpoint(tmp_path, 1, groups(), STATE)
 
