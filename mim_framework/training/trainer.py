@@ -83,7 +83,7 @@ def train(
     with joined(recipe) as (world, device):
         while True:
             prepare = partial(prepare_directory, recipe, registry, world, fresh=fresh, allow_change=allow_change)
-            with Trainer.ready(recipe, registry, world, device, prepare) as trainer, suppress(GoneBack):
+            with Trainer._ready(recipe, registry, world, device, prepare) as trainer, suppress(GoneBack):
                 trainer.fit()
                 return trainer.run.dir
             del trainer  # before its successor is built
@@ -138,12 +138,12 @@ class Trainer:
         registry = registry or Registry()
         with joined(recipe) as (world, device):
             prepare = partial(prepare_directory, recipe, registry, world, fresh=fresh)
-            with cls.ready(recipe, registry, world, device, prepare) as trainer:
+            with cls._ready(recipe, registry, world, device, prepare) as trainer:
                 yield trainer
 
     @classmethod
     @contextmanager
-    def ready(
+    def _ready(
         cls, recipe: Recipe, registry: Registry, world: World, device: torch.device, directory: Callable[[], Path]
     ) -> Iterator[Trainer]:
         """The same on a rank that has joined the others; `directory` makes or checks the run directory."""
