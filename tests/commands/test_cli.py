@@ -85,8 +85,8 @@ def test_run_starts_the_ranks_it_is_asked_for(mim, monkeypatch):
     mim("run", "r.yaml", "--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "host:29400", "--rdzv-id", "a")
     there = {"node_rank": 1, "rdzv_endpoint": "host:29400", "rdzv_id": "a"}
     assert made.pop() == (["run", "--", "r.yaml"], {"nproc_per_node": 1, "nnodes": 2, **there})
-    mim("run", "r.yaml", "train.epochs=9", "--nproc-per-node", "2", "--allow-change", "train.epochs")
-    assert made.pop()[0] == ["run", "--allow-change", "train.epochs", "--", "r.yaml", "train.epochs=9"]
+    mim("run", "r.yaml", "train.steps=9", "--nproc-per-node", "2", "--allow-change", "train.steps")
+    assert made.pop()[0] == ["run", "--allow-change", "train.steps", "--", "r.yaml", "train.steps=9"]
 
 
 def test_run_under_a_launcher_starts_no_ranks(mim, calls, monkeypatch):
