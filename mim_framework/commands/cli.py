@@ -30,6 +30,7 @@ TELLING_SECONDS = 5.0
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as a shell has it."""
 
+
 class LocalPath(click.Path):
     """A path, in which `~` and `file://` mean what they mean in a recipe."""
 
