@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mim_framework.base.errors import MimError
+from mim_framework.base.errors import MimError, TrainingError
 from mim_framework.base.files import replace_file
 from mim_framework.data.order import BatchLayout
 from mim_framework.training.directory import EXPLOSIONS
 from mim_framework.training.explosion import Rise
+from mim_framework.training.run import Run
+from mim_framework.training.saving import Saver
 
 STEPS_BEFORE = 100
 """So many steps before a rise are left out with it; PaLM (Chowdhery et al. 2022, section 5.1) went back as far."""
@@ -57,6 +59,36 @@ class Explosions:
         if kept != self.entries:
             self.entries = kept
             self._write()
+
+    def answer(self, rise: Rise, run: Run, checkpoints: Saver, note: Callable[[str], None]) -> None:
+        """Do what the recipe says about a loss that explodes; returns if the run goes on as it is.
+
+        Raises:
+            GoneBack: if it goes on from an earlier checkpoint.
+            TrainingError: if it stops.
+        """
+        section, world = run.recipe.train, run.world
+        if section.on_explosion == "warn":
+            world.on_main(lambda: self.add(rise, "warn", None, run.layout, 0))
+            note(f"{rise}; the run goes on, as train.on_explosion is warn")
+            return
+        spent = section.on_explosion == "rewind" and self.num_rewinds >= section.max_rewinds
+        action = "stop" if spent else section.on_explosion
+        kept = world.share(world.on_main(lambda: checkpoints.back_to(rise.since)))
+        step, name = kept if kept is not None else (0, None)
+        world.on_main(lambda: self.add(rise, action, name, run.layout, step))
+        where = f"{name}, from before" if name else "the beginning, as no checkpoint from before it was kept"
+        if action == "rewind":
+            note(f"{rise}; the run goes back to {where}, and leaves out the images of the steps around it")
+            raise GoneBack
+        often = f" after going back {section.max_rewinds} times (train.max_rewinds)" if spent else ""
+        error = TrainingError(
+            f"{rise}; stopped{often}. The same command goes on from {where}; later ones are set aside. Lower the "
+            "learning rate, set optim.clip_grad_norm, or choose train.on_explosion=rewind, which leaves the images of "
+            "these steps out, or warn, which goes on"
+        )
+        error.told_by_another_rank = not world.is_main
+        raise error
 
     def add(self, rise: Rise, action: str, checkpoint: str | None, layout: BatchLayout, go_back_to: int) -> None:
         """Write an explosion down.

@@ -7,12 +7,11 @@ pure functions of the step, and a checkpoint holds the rest; so a resumed run go
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,9 @@ from mim_framework.runtime.metrics import MetricsWriter, as_picture
 from mim_framework.runtime.sharding import gradient_sync, whole_weights
 from mim_framework.training.directory import prepare_directory, sole_run
 from mim_framework.training.evaluations import Evaluations, planned
-from mim_framework.training.explosion import Rise, Watch
+from mim_framework.training.explosion import Watch
 from mim_framework.training.explosions import Explosions, GoneBack, merged
+from mim_framework.training.listeners import Listeners
 from mim_framework.training.log import Log
 from mim_framework.training.measured import History, Summary
 from mim_framework.training.pictures import draw_fixed
@@ -46,9 +46,8 @@ from mim_framework.training.saving import Saver
 from mim_framework.training.setup import set_up
 from mim_framework.training.stopping import StepGivenUp, StopSignal
 from mim_framework.training.troubles import explained
+from mim_framework.training.untouched import Untouched
 from mim_framework.training.watchdog import LAST_RESORT_SECONDS, Watchdog
-
-logger = logging.getLogger(__name__)
 
 LEAST_GROUP_TIMEOUT = 600.0
 """Seconds that ranks wait for each other at least: rank 0 saves and hashes checkpoints meanwhile."""
@@ -107,8 +106,7 @@ class Trainer:
 
     def __init__(self, run: Run, registry: Registry) -> None:
         """A run as `set_up` makes it, before its first step."""
-        self.registry, self.hook = registry, registry.hook
-        self.failed_listeners: set[str] = set()
+        self.registry, self.listeners = registry, Listeners(registry.hook, run)
         self.run, self.engine, self.objective = run, run.engine, run.model.objective
         self.teachers = run.model.teachers
         splits = Splits.of(run.source)
@@ -116,8 +114,7 @@ class Trainer:
         self.phases = run.recipe.named_phases()
         self.optimizers = build_optimizers(run.recipe, self.objective, run.layout.total_batch_size)
         self.stop = StopSignal(self._until_the_stop)
-        self.persistent = self.objective.state_dict().keys()
-        self.marks: list[tuple[int, int]] | None = None
+        self.untouched = Untouched(self.objective)
         self.watchdog = Watchdog(run.dir, run.world, run.recipe.train.step_timeout)
         self.checkpoints = Saver(run, self.optimizers, saved=self._saved)
         self.evaluations = Evaluations(
@@ -170,29 +167,27 @@ class Trainer:
         torch.manual_seed(self.step_seed(index))  # dropout and the like, so that they resume exactly
         accum_steps = self.run.layout.accum_steps
         summaries: dict[str, Summary] = {}
-        place = count()
         for phase in self.phases:
-            self.watchdog.at(index, f"phase {phase.name}, before its first micro-batch", next(place))
+            self.watchdog.at(f"phase {phase.name}, before its first micro-batch")
             optimizers = [self.optimizers[name] for name in phase.optimizers]
             history = History(accum_steps, over_positions=self.run.recipe.train.average == "over_positions")
             for micro, batch in enumerate(micro_batches, start=1):
                 step = self.run.step(index, batch, phase.name)
-                self.watchdog.at(index, f"phase {phase.name}, micro-batch {micro} of {accum_steps}", next(place))
+                self.watchdog.at(f"phase {phase.name}, micro-batch {micro} of {accum_steps}")
                 with gradient_sync(self.engine.model, enabled=micro == accum_steps):
                     loss = history.add(batch, self.engine.forward(step, batch.views))
                     (phase.sign * loss).backward()
-            self.watchdog.at(index, f"phase {phase.name}, after its micro-batches", next(place))
+            self.watchdog.at(f"phase {phase.name}, after its micro-batches")
             self.engine.before_step(step)
             history.divide(self.objective.parameters(), self.run.world)
             for optimizer in optimizers:
                 optimizer.schedule(step)
             grad_norms = {optimizer.name: optimizer.clip() for optimizer in optimizers}
-            summary = history.reduce(
-                self.run.world, grad_norms, self.stop.told(self.run.device)
-            )  # waits for the device
-            self.watchdog.at(index, f"phase {phase.name}, after the wait for the other ranks", next(place))
+            told = self.stop.told(self.run.device)
+            summary = history.reduce(self.run.world, grad_norms, told)  # the one wait for the device
+            self.watchdog.at(f"phase {phase.name}, after the wait for the other ranks")
             if summary.finite:
-                self.marks = None
+                self.untouched.forget()
                 for optimizer in optimizers:
                     optimizer.step()
                 self.engine.after_step(step)
@@ -208,7 +203,7 @@ class Trainer:
     def fit(self) -> None:
         """All steps that are left, with logging, evaluation and checkpoints after each."""
         run, error = self.run, None
-        self._announce("mim_run_started")
+        self.listeners.tell("mim_run_started")
         try:
             with self.watchdog.watched(), self.stop.watched(run.world), closing(iter(self.loader)) as batches:
                 if self.start >= run.total_steps:
@@ -220,7 +215,6 @@ class Trainer:
                     self.log.note(doubt)
                 self._say_what_is_left_out()
                 for index in range(self.start, run.total_steps):
-                    self.watchdog.at(index, "before its images", -1)
                     if (trouble := self._one_step(index, batches)) is not None:
                         raise TrainingError(f"{trouble}. {self._save_what_there_is(index)}")
                 self._say_what_is_left_out()
@@ -228,7 +222,7 @@ class Trainer:
             error = raised
             raise
         finally:
-            self._announce("mim_run_finished", error=error)
+            self.listeners.tell("mim_run_finished", error=error)
 
     def _one_step(self, index: int, batches: Iterator[Batch]) -> str | None:
         """A step and what comes after it, or what has kept the run from it.
@@ -236,7 +230,7 @@ class Trainer:
         The error itself is let go here: its traceback would hold the memory that ran out, or the workers that are left.
         """
         try:
-            with self.watchdog.over_a_step():
+            with self.watchdog.over_a_step(index):
                 measured = self._whole_step(index, batches)
             self._after_step(index + 1, measured)
         except StepGivenUp:
@@ -249,7 +243,7 @@ class Trainer:
 
     def _whole_step(self, index: int, batches: Iterator[Batch]) -> Summary:
         """A step with what the first one needs before it."""
-        self.marks = self._buffer_marks()
+        self.untouched.begin()
         read = islice(batches, self.run.layout.accum_steps)  # while the device works
         micro_batches: Iterable[Batch] = self._until_told(read)
         begins = index == 0 and self.engine.begins_from_data()
@@ -262,18 +256,9 @@ class Trainer:
     def _until_told(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Micro-batches until a signal comes, if the step can still be given up. Several ranks agree at its end."""
         for batch in batches:
-            if self.stop.received and self.run.world.size == 1 and self._stands_before_the_step():
+            if self.stop.received and self.run.world.size == 1 and self.untouched.yet:
                 raise StepGivenUp
             yield batch
-
-    def _buffer_marks(self) -> list[tuple[int, int]]:
-        """Which tensors the checkpointed buffers are, and how often they were written."""
-        named = self.objective.named_buffers()
-        return [(id(buffer), buffer._version) for name, buffer in named if name in self.persistent]
-
-    def _stands_before_the_step(self) -> bool:
-        """Whether nothing that a checkpoint holds has changed since the step began."""
-        return self.marks is not None and self.marks == self._buffer_marks()
 
     def _leave_before(self, index: int) -> None:
         """Stop with the state before a step.
@@ -290,7 +275,7 @@ class Trainer:
     def _save_what_there_is(self, index: int) -> str:
         """Save the state before a step that failed, where it is still there; says from where the run goes on."""
         self.objective.zero_grad(set_to_none=True)
-        if index and self.run.world.size == 1 and self._stands_before_the_step():
+        if index and self.run.world.size == 1 and self.untouched.yet:
             with suppress(Exception):  # what stopped the step may stop this too
                 self.checkpoints.save(index, self._numbers(), rising=self.watch.rising)
                 return f"The same command goes on from step {index}, which was saved"
@@ -331,11 +316,12 @@ class Trainer:
         self.stop.agreed = self.stop.agreed or measured.stop
         line = self.log.step(done, measured)
         if line is not None and run.world.is_main:
-            self._announce("mim_metrics_logged", step=done, metrics=line)
+            self.listeners.tell("mim_metrics_logged", step=done, metrics=line)
         if measured.finite:
             rise = self.watch.step(done - 1, measured.losses, epoch=run.epoch(done - 1), last=last)
             if rise is not None:
-                self._exploded(rise)
+                self.explosions.answer(rise, run, self.checkpoints, self.log.note)
+                self.watch.accept()
         if last or self.stop.agreed or self.checkpoints.due(done) or self._first_skipped(done, measured):
             must = last or self.stop.agreed
             self.checkpoints.save(done, self._numbers(), rising=self.watch.rising, must=must)
@@ -351,38 +337,6 @@ class Trainer:
     def _numbers(self) -> dict[str, Any]:
         """What a resumed run must remember besides tensors."""
         return {**self.log.state(), "watch": self.watch.state()}
-
-    def _exploded(self, rise: Rise) -> None:
-        """Do what the recipe says about a loss that explodes.
-
-        Raises:
-            GoneBack: if the run goes on from an earlier checkpoint.
-            TrainingError: if it stops.
-        """
-        run, section = self.run, self.run.recipe.train
-        action = section.on_explosion
-        if action == "warn":
-            run.world.on_main(lambda: self.explosions.add(rise, action, None, run.layout, 0))
-            self.log.note(f"{rise}; the run goes on, as train.on_explosion is warn")
-            self.watch.accept()
-            return
-        spent = action == "rewind" and self.explosions.num_rewinds >= section.max_rewinds
-        action = "stop" if spent else action
-        kept = run.world.share(run.world.on_main(lambda: self.checkpoints.back_to(rise.since)))
-        step, name = kept if kept is not None else (0, None)
-        run.world.on_main(lambda: self.explosions.add(rise, action, name, run.layout, step))
-        where = f"{name}, from before" if name else "the beginning, as no checkpoint from before it was kept"
-        if action == "rewind":
-            self.log.note(f"{rise}; the run goes back to {where}, and leaves out the images of the steps around it")
-            raise GoneBack
-        often = f" after going back {section.max_rewinds} times (train.max_rewinds)" if spent else ""
-        error = TrainingError(
-            f"{rise}; stopped{often}. The same command goes on from {where}; later ones are set aside. Lower the "
-            "learning rate, set optim.clip_grad_norm, or choose train.on_explosion=rewind, which leaves the images of "
-            "these steps out, or warn, which goes on"
-        )
-        error.told_by_another_rank = not run.world.is_main
-        raise error
 
     def _first_skipped(self, done: int, measured: Summary) -> bool:
         """Whether to keep the state for `mim replay`: at the first skipped step of a row, if its weights are finite."""
@@ -414,21 +368,7 @@ class Trainer:
                 self.log.metrics.image(f"{path or module.name}.{name}", as_picture(pixels), done)
 
     def _saved(self, path: Path) -> None:
-        self._announce("mim_checkpoint_saved", path=path)
-
-    def _announce(self, event: str, **details: Any) -> None:
-        """Tell the plugins that listen to a run event. One that raises is named once, and cannot end the run."""
-        details["run"] = self.run
-        for listener in reversed(getattr(self.hook, event).get_hookimpls()):  # the last registered first, as in pluggy
-            try:
-                listener.function(*[details[name] for name in listener.argnames])
-            except Exception as error:
-                if listener.plugin_name not in self.failed_listeners:
-                    self.failed_listeners.add(listener.plugin_name)
-                    logger.warning(
-                        f"plugin '{listener.plugin_name}' failed in {event}: {type(error).__name__}: {error}. "
-                        "The run goes on; further errors of this plugin are not shown"
-                    )
+        self.listeners.tell("mim_checkpoint_saved", path=path)
 
     @contextmanager
     def _observed(self) -> Iterator[None]:

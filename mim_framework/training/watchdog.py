@@ -34,17 +34,14 @@ class Watchdog:
         self._deadline: float | None = None
         self._over = threading.Event()
 
-    def at(self, step: int, place: str, number: int) -> None:
-        """The main thread has come to a place of a step.
-
-        Args:
-            number: how many places of the step come before; the rank that has come least far is the one that hangs.
-        """
-        self.step, self.place, self.number = step, place, number
+    def at(self, place: str) -> None:
+        """The main thread has come to the next place of its step; who came least far is the one that hangs."""
+        self.place, self.number = place, self.number + 1
 
     @contextmanager
-    def over_a_step(self) -> Iterator[None]:
+    def over_a_step(self, step: int) -> Iterator[None]:
         """The step inside must end in time."""
+        self.step, self.place, self.number = step, "before its images", 0
         if self.seconds is not None:
             self._deadline = time.monotonic() + self.seconds
             faulthandler.dump_traceback_later(self.seconds + LAST_RESORT_SECONDS, exit=True, file=STDERR)

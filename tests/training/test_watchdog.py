@@ -27,8 +27,8 @@ def status_of_a_child(work: Callable[[], None], said: Path) -> int:
 def hang_at_step_7(folder: Path, world: World = World()) -> Callable[[], None]:
     def work() -> None:
         dog = Watchdog(folder, world, 0.2)
-        with dog.watched(), dog.over_a_step():
-            dog.at(7, "in a wood", 3)
+        with dog.watched(), dog.over_a_step(7):
+            dog.at("in a wood")
             time.sleep(60)
 
     return work
@@ -62,7 +62,7 @@ def test_steps_in_time_and_runs_without_a_limit_are_left_alone(tmp_path):
             dog = Watchdog(tmp_path, World(), seconds)
             with dog.watched():
                 for _ in range(3):
-                    with dog.over_a_step():
+                    with dog.over_a_step(7):
                         time.sleep(0.15)
                 time.sleep(0.5)  # beside a step, as in an evaluation
         os._exit(5)
