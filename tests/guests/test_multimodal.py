@@ -194,8 +194,9 @@ def test_a_hidden_view_is_predicted_from_the_other_one(learned):
 
     for hidden_view, other in (("x", "edges"), ("edges", "x")):
         beside_the_other = loss(hidden_view, NONE)
-        assert beside_the_other < 0.9 * loss(hidden_view, ALL)
-        assert beside_the_other < 0.9 * loss(hidden_view, NONE, **{other: views[other].roll(1, 0)})
+        beside_that_of_another_digit = loss(hidden_view, NONE, **{other: views[other].roll(1, 0)})
+        assert beside_the_other < 0.97 * beside_that_of_another_digit
+        assert beside_the_other < 0.97 * loss(hidden_view, ALL)
 
 
 @pytest.mark.slow
