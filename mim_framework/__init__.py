@@ -15,7 +15,7 @@ _HOME = {
     "base.section": ["LocalPath", "PathOrURL", "Section"],
     "base.errors": [
         "MimError", "RecipeError", "PluginError", "DataError", "CheckpointError", "TrainingError",
-        "BrokenImage",
+        "BrokenImage", "Unreachable",
     ],
     "base.schedule": ["Schedule", "Curve", "extremes", "value_at"],
     "base.rng": ["random_bits", "uniform", "permutation"],

@@ -39,6 +39,7 @@ from mim_framework.contract.step import Step
 from mim_framework.data.companions import Companion, TokenCache, example_of
 from mim_framework.data.labels import LABEL, Labels, num_classes_of
 from mim_framework.data.order import sample_order
+from mim_framework.data.stores import RemoteSection
 from mim_framework.data.views import MIXING_OPTIONS
 from mim_framework.nn.images import Renormalize
 from mim_framework.nn.patches import shown
@@ -422,8 +423,9 @@ def decides_pixels(recipe: Recipe) -> dict[str, Any]:
     """The parts of a recipe that decide which pixels a fixed view of a sample holds."""
     source = recipe.data.source.model_dump(mode="json")
     views = recipe.views.model_dump(mode="json")
+    place = ("root", *RemoteSection.model_fields)
     return {
-        "data.source": {key: value for key, value in source.items() if key != "root"},
+        "data.source": {key: value for key, value in source.items() if key not in place},
         "data.views_per_image": recipe.data.views_per_image,
         "views": {key: value for key, value in views.items() if key not in ("decoder", *MIXING_OPTIONS)},
     }

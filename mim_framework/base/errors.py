@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-Cause = Literal["empty", "not_an_image", "truncated", "too_large", "unreadable", "unsupported"]
-"""Why an image cannot be used."""
+Cause = Literal["empty", "not_an_image", "truncated", "too_large", "unreadable", "unsupported", "missing", "forbidden"]
+"""Why an image cannot be used; a remote store says that it is `missing` or `forbidden`."""
 
 
 class MimError(Exception):
@@ -33,6 +33,14 @@ class BrokenImage(DataError):
     def __init__(self, name: str, cause: Cause, detail: str) -> None:
         super().__init__(f"{name}: {cause}: {detail}")
         self.name, self.cause, self.detail = name, cause, detail
+
+
+class Unreachable(DataError):
+    """A store does not answer, also when asked again. No image is at fault or replaced: a run saves and stops."""
+
+
+class WorkerKilled(DataError):
+    """A process that reads images ahead is gone, killed by the system or by a fault in its code."""
 
 
 class CheckpointError(MimError):

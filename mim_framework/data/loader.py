@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn, get_args
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mim_framework.base.errors import DataError
-from mim_framework.base.files import SideFile
+from mim_framework.base.errors import Cause, DataError
+from mim_framework.base.files import SideFile, replace_file
 from mim_framework.base.section import Choice, LocalPath, Section
 from mim_framework.contract.components import Source, ViewBuilder
 from mim_framework.data.companions import Companion
 from mim_framework.data.order import BatchLayout, OrderKind, sample_order
 from mim_framework.data.prefetch import prefetch
-from mim_framework.data.reader import MAX_REPLACEMENTS, Broken, Request, TrainingReader, _EvaluationReader
+from mim_framework.data.reader import MAX_REPLACEMENTS, Broken, Read, Request, TrainingReader, _EvaluationReader
+from mim_framework.data.stores import REMOTE
+
+logger = logging.getLogger(__name__)
 
 TOLERATED_BROKEN = 10
 """So many broken images are accepted whatever their share, so that a run does not stop at its first batch."""
+OF_THE_SERVER = ("retries", "unreachable")
+"""Counts that do not follow from the images: tries of remote reads that were repeated, and reads that were given up."""
+COUNTED = ("read", *(f"broken/{cause}" for cause in get_args(Cause)), "broken/other", *OF_THE_SERVER)
+"""What a loader counts: images read, broken ones by cause, and what servers did."""
 
 
 class DataSection(Section):
@@ -45,7 +55,8 @@ class DataSection(Section):
     """Micro-batches that every worker prepares ahead."""
     max_broken: float = Field(0.01, ge=0, le=1)
     """Share of the images read so far that may be broken; above it the run stops. 10 on a rank are always tolerated.
-    A broken image is replaced by another one, chosen by its position in the run."""
+    A broken image is replaced by another one, chosen by its position in the run; one that a server does not deliver is
+    not broken: the run saves and stops."""
     accept_changed_source: bool = False
     """Go on with a run although its source has other images than when its checkpoint was written: others then stand
     where those stood. Recorded in `source_changes.jsonl` of the run directory."""
@@ -85,6 +96,9 @@ class Loader:
     """Iterates over the micro-batches of this rank, from the first one of `start_step` to the last of the run.
 
     `wait_seconds` adds up the time for which the consumer waited, `broken_counts` the broken images by cause.
+
+    When reading fails in the middle, `failure` is set and the batches of that step still come, with the images of the
+    last one in them: so all ranks end the step, which does not count, and save what they have. `fit` raises the error.
     """
 
     def __init__(
@@ -101,8 +115,14 @@ class Loader:
         on_broken: Callable[[Broken], None] | None = None,
         run_dir: Path | None = None,
         companions: Sequence[Companion] = (),
+        counted: Mapping[str, int] | None = None,
+        finish_step: bool = False,
     ) -> None:
         """`on_broken` is told every broken sample; in `run_dir` they are listed as broken_images.rankR.jsonl.
+
+        Args:
+            counted: what this rank counted before `start_step`, as `counts` gave it.
+            finish_step: set `failure` where there is a batch before, instead of raising it at once.
 
         Raises:
             DataError: if the source has no blocks and the section wants an order of them, or the views cannot take a
@@ -120,18 +140,49 @@ class Loader:
         self.start_step, self.total_steps = start_step, total_steps
         self.device = device
         self.wait_seconds = 0.0
-        self.broken_counts: Counter[str] = Counter()
+        self.failure: DataError | None = None
+        self.finish_step = finish_step
+        self._counts = Counter({name: (counted or {}).get(name, 0) for name in COUNTED})
+        self._counts_before_step = self._counts.copy()
         self._first_broken: list[Broken] = []
-        self._num_read = 0
         self._on_broken = on_broken
         name = f"broken_images.rank{layout.rank}.jsonl"
         self._broken_list = None if run_dir is None else SideFile(Path(run_dir) / name)
+        if run_dir is not None:
+            first = layout.positions(start_step, 0).start - layout.rank * layout.batch_size
+            _keep_lists_before(first, Path(run_dir), layout)
+
+    @property
+    def broken_counts(self) -> Counter[str]:
+        """Broken images by cause."""
+        broken = {name: count for name, count in self._counts.items() if name.startswith("broken/") and count}
+        return Counter({name.removeprefix("broken/"): count for name, count in broken.items()})
+
+    def counts(self, *, before_step: bool = False) -> dict[str, int]:
+        """Everything of `COUNTED` on this rank so far, or before the step that is being read."""
+        return dict(self._counts_before_step if before_step else self._counts)
 
     def __iter__(self) -> Iterator[Batch]:
         """
         Raises:
-            DataError: if more images are broken than `max_broken` allows, or a sample lacks what the recipe needs.
+            DataError: if more images are broken than `max_broken` allows, a sample lacks what the recipe needs, a store
+                is unreachable or a worker was killed.
         """
+        last: Batch | None = None
+        for step, micro, batch in self._batches():
+            if not isinstance(batch, DataError):
+                last = batch
+                yield batch
+                continue
+            if last is None or not self.finish_step:
+                raise batch
+            self.failure = batch
+            yield Batch(last.views, last.positions, step, micro, [])
+            if micro + 1 == self.layout.accum_steps:
+                raise batch
+
+    def _batches(self) -> Iterator[tuple[int, int, Batch | DataError]]:
+        """Every (step, micro) with its batch, or from one on with the error that ends reading."""
         reader = TrainingReader(self.source, self.views, self.seed, self.section.views_per_image, self.companions)
         batches = prefetch(
             reader,
@@ -141,56 +192,112 @@ class Loader:
             remote=self.source.remote,
             pin_memory=self.device.type == "cuda",
         )
+        failure: DataError | None = None
+        self._counts.update(REMOTE.take())  # of the listing
         try:
-            while True:
+            for step, micro in self._places():
+                if micro == 0:
+                    self._counts_before_step = self._counts.copy()
                 asked = time.perf_counter()
-                read = next(batches, None)
-                if read is None:
-                    return
-                if isinstance(read, DataError):
-                    raise read
-                request, views, broken = read
-                self._record(request, broken, complete=views is not None)
-                views = {name: view.to(self.device, non_blocking=True) for name, view in views.items()}
+                try:
+                    if failure is None:
+                        read = next(batches)
+                        self._record(read)
+                except DataError as error:
+                    failure = error
+                if failure is not None:
+                    yield step, micro, failure
+                    continue
+                views = {name: view.to(self.device, non_blocking=True) for name, view in read.views.items()}
                 # Made on the device: a copy of a list would wait for it.
-                first, last = request.positions[0], request.positions[-1]
+                first, last = read.request.positions[0], read.request.positions[-1]
                 positions = torch.arange(first, last + 1, device=self.device)
                 self.wait_seconds += time.perf_counter() - asked
-                yield Batch(views, positions, request.step, request.micro, broken)
+                yield step, micro, Batch(views, positions, step, micro, read.broken)
         finally:
             del batches  # ends the workers now, also where the traceback of an error would keep them alive
 
-    def _requests(self) -> Iterator[Request]:
-        for step in range(self.start_step, self.total_steps):
-            for micro in range(self.layout.accum_steps):
-                positions = self.layout.positions(step, micro)
-                yield Request(step, micro, list(positions), self.order.indices(positions))
+    def _places(self) -> Iterator[tuple[int, int]]:
+        """Every step with each of its micro-batches."""
+        return product(range(self.start_step, self.total_steps), range(self.layout.accum_steps))
 
-    def _record(self, request: Request, broken: list[Broken], complete: bool) -> None:
-        """Count and list broken samples, and stop above the budget."""
-        self._num_read += len(broken) + (len(request.positions) if complete else 0)
-        if not broken:
-            return
-        self.broken_counts.update(sample.cause for sample in broken)
+    def _requests(self) -> Iterator[Request]:
+        for step, micro in self._places():
+            positions = self.layout.positions(step, micro)
+            yield Request(step, micro, list(positions), self.order.indices(positions))
+
+    def _record(self, read: Read) -> None:
+        """Count and list broken samples, and stop above the budget or where the reader gave up."""
+        request, broken, complete = read.request, read.broken, read.views is not None
+        self._counts["read"] += len(broken) + (len(request.positions) if complete else 0)
+        self._counts.update(read.remote)
+        self._counts.update(_counted_as(sample.cause) for sample in broken)
         self._first_broken = (self._first_broken + broken)[:3]
-        if self._broken_list is not None:
+        if self._broken_list is not None and broken:
             self._broken_list.append(json.dumps(asdict(sample)) for sample in broken)
         if self._on_broken is not None:
             for sample in broken:
                 self._on_broken(sample)
+        if read.error is not None:
+            raise read.error
+        accepted = within_budget(self.broken_counts, self._counts["read"], self.section.max_broken)
+        if broken and not (complete and accepted):
+            self._give_up(complete)
+
+    def _give_up(self, complete: bool) -> NoReturn:
         total, allowed = self.broken_counts.total(), self.section.max_broken
-        if complete and (total <= TOLERATED_BROKEN or total <= allowed * self._num_read):
-            return
-        causes = ", ".join(f"{count} {cause}" for cause, count in self.broken_counts.most_common())
+        causes = told_causes(self.broken_counts)
         first = "; ".join(f"{sample.name} ({sample.detail})" for sample in self._first_broken)
         listed = "" if self._broken_list is None else f" All are listed in {self._broken_list.path}."
         why = (
             f"more than data.max_broken={allowed:g} allows" if complete else f"{1 + MAX_REPLACEMENTS} of them in a row"
         )
         cure = "remove them or raise data.max_broken" if complete else "remove them"
+        num_read = self._counts["read"]
         raise DataError(
-            f"{total} of {self._num_read} images read are broken ({causes}), {why}; {cure}. First: {first}.{listed}"
+            f"{total} of {num_read} images read are broken ({causes}), {why}; {cure}. First: {first}.{listed}"
         )
+
+
+def _counted_as(cause: str) -> str:
+    return f"broken/{cause if cause in get_args(Cause) else 'other'}"
+
+
+def within_budget(broken: Counter[str], num_read: int, allowed: float) -> bool:
+    """Whether so many broken images, by cause, of so many that were read are accepted; `allowed` is a share."""
+    total = broken.total()
+    return total <= TOLERATED_BROKEN or total <= allowed * num_read
+
+
+def told_causes(broken: Counter[str]) -> str:
+    """'3 empty, 1 truncated', the most frequent first."""
+    return ", ".join(f"{count} {cause}" for cause, count in broken.most_common())
+
+
+def _keep_lists_before(position: int, run_dir: Path, layout: BatchLayout) -> None:
+    """Take out of the lists of broken images what a run read at this position or later and will now read again.
+
+    Every rank looks after its own list, and rank 0 after those of ranks that are no more.
+    """
+    for path in run_dir.glob("broken_images.rank*.jsonl"):
+        rank = path.name.split(".")[1].removeprefix("rank")
+        if not rank.isdigit() or min(int(rank), layout.world_size) % layout.world_size != layout.rank:
+            continue
+        try:
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if _position_of(line) < position]
+            if len(kept) < len(lines):
+                replace_file(path, b"".join(kept))
+        except OSError as error:
+            logger.warning(f"{path} may list images twice: {error.strerror}")
+
+
+def _position_of(line: bytes) -> float:
+    """That of a broken image, infinite for a line that a crash tore."""
+    try:
+        return float(json.loads(line)["position"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
 
 
 def evaluation_batches(
@@ -215,7 +322,10 @@ def evaluation_batches(
     wanted = range(len(source)) if indices is None else indices
     requests = (list(wanted[i : i + batch_size]) for i in range(0, len(wanted), batch_size))
     reader = _EvaluationReader(source, views)
-    for batch, labels, broken in prefetch(reader, requests, workers=workers, remote=source.remote):
+    for read in prefetch(reader, requests, workers=workers, remote=source.remote):
+        if isinstance(read, DataError):
+            raise read
+        batch, labels, broken = read
         for sample in broken if on_broken else ():
             on_broken(sample)
         if batch is not None:

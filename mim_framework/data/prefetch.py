@@ -6,19 +6,26 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from mim_framework.base.errors import WorkerKilled
 from mim_framework.runtime.launch import STOP_SIGNALS
 
 SIGNAL_SECONDS = 10.0
 """A worker takes SIGTERM for one to the whole job until so many seconds after the first."""
+
+DYING_SECONDS = 2.0
+"""The connections of a process that is killed are closed some time before its end can be seen."""
 
 
 def prefetch(
@@ -30,13 +37,18 @@ def prefetch(
     prefetch_factor: int = 2,
     pin_memory: bool = False,
 ) -> Iterator[Any]:
-    """`reader[request]` for every request, in order, read ahead by `workers` processes."""
+    """`reader[request]` for every request, in order, read ahead by `workers` processes.
+
+    Raises:
+        WorkerKilled: where the answer of a process that is gone would be due.
+    """
+    before = set(multiprocessing.active_children())
     with warnings.catch_warnings(), _signals_held_back():
         # torchdata 0.11 calls this on every construction; torch has deprecated it
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
         # Python 3.12 warns of a fork beside other threads; the workers use no lock that torch's threads could hold
         warnings.filterwarnings("ignore", message=".*use of fork\\(\\)", category=DeprecationWarning)
-        return iter(
+        answers = iter(
             StatefulDataLoader(
                 reader,
                 batch_size=None,  # one request is one batch already
@@ -51,6 +63,41 @@ def prefetch(
                 snapshot_every_n_steps=None,
             )
         )
+    return _while_alive(answers, [each for each in multiprocessing.active_children() if each not in before])
+
+
+def _while_alive(answers: Iterator[Any], processes: list[BaseProcess]) -> Iterator[Any]:
+    """`answers`, with one clear error where a process has died under them."""
+    try:
+        yield from answers
+    except (RuntimeError, OSError, EOFError) as error:  # which of them depends on where the death is noticed
+        if "Caught " in str(error):  # raised in a worker, and brought here by torch
+            raise
+        sentinels = [process.sentinel for process in processes]
+        if sentinels:
+            wait(sentinels, timeout=DYING_SECONDS)
+        dead = [process for process in processes if process.exitcode is not None]
+        if not dead and not isinstance(error, ConnectionError | EOFError):
+            raise
+        text = _how_it_died(dead[0] if dead else None, len(processes))
+    else:
+        return
+    finally:
+        del answers  # ends the workers, also where the traceback of an error would keep them alive
+    raise WorkerKilled(text)  # here, as torch's error would keep the other workers alive
+
+
+def _how_it_died(process: BaseProcess | None, workers: int) -> str:
+    """`process` is None where only its connection is known to be gone."""
+    if process is None:
+        return f"a data worker is gone; data.workers={workers // 2} needs less memory, 0 shows other faults"
+    code = process.exitcode or 0
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    cure = f"data.workers={workers // 2} needs less memory, as does a smaller data.prefetch_factor or train.batch_size"
+    if code != -signal.SIGKILL:
+        return f"a data worker (process {process.pid}) {how}; with data.workers=0 the fault shows itself. Or {cure}"
+    text = "most often by the system when memory runs out (`dmesg` says so)"
+    return f"a data worker (process {process.pid}) {how}, {text}; {cure}"
 
 
 def _context(remote: bool) -> multiprocessing.context.BaseContext:
@@ -62,11 +109,18 @@ def _context(remote: bool) -> multiprocessing.context.BaseContext:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Workers, and a fork server, start with the signals blocked: none can end one before it has its handlers."""
+    """Workers, and a fork server, start with the signals blocked: none can end one before it has its handlers.
+
+    The handler by which torch would raise the death of a worker anywhere in the main thread is not kept: the death is
+    noticed where the worker's answer is due.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    on_death = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, on_death)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

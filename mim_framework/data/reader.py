@@ -15,6 +15,7 @@ from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.contract.components import Source, ViewBuilder, sample_or_broken
 from mim_framework.contract.records import Sample
 from mim_framework.data.companions import Companion
+from mim_framework.data.stores import REMOTE
 
 MAX_REPLACEMENTS = 16
 """So many samples in a row may be broken before a position is given up."""
@@ -64,8 +65,19 @@ def read_each(source: Source, indices: Sequence[int]) -> Iterator[Sample | Broke
     yield from found
 
 
-Read = tuple[Request, dict[str, Tensor] | None, list[Broken]]
-"""The request, its batch (None if a position found no usable sample) and the broken samples."""
+@dataclass(frozen=True)
+class Read:
+    """The answer to a request.
+
+    `views` is None if a position found no usable sample, or if there is an `error` that ends the run: raised in a
+    worker, its text would be one of a traceback. `remote` holds the counts of `stores.REMOTE`.
+    """
+
+    request: Request
+    views: dict[str, Tensor] | None
+    broken: list[Broken]
+    remote: dict[str, int]
+    error: DataError | None = None
 
 
 class TrainingReader:
@@ -82,15 +94,16 @@ class TrainingReader:
         self.source, self.views, self.seed, self.views_per_image = source, views, seed, views_per_image
         self.companions = companions
 
-    def __getitem__(self, request: Request) -> Read | DataError:
-        """The batch, or the error that ends the run: raised in a worker, its text would be one of a traceback."""
-        try:
-            return self._batch(request)
-        except DataError as error:
-            return error
-
-    def _batch(self, request: Request) -> Read:
+    def __getitem__(self, request: Request) -> Read:
         broken: list[Broken] = []
+        views, error = None, None
+        try:
+            views = self._batch(request, broken)
+        except DataError as raised:
+            error = raised
+        return Read(request, views, broken, REMOTE.take(), error)
+
+    def _batch(self, request: Request, broken: list[Broken]) -> dict[str, Tensor] | None:
         samples = []
         rows: Iterable[Tensor | None] = repeat(None, len(request.positions))
         if self.views_per_image is None:
@@ -99,9 +112,9 @@ class TrainingReader:
         for position, index, sample, row in zip(request.positions, request.indices, found, rows, strict=True):
             usable = self._usable(position, index, sample, row, broken)
             if usable is None:
-                return request, None, broken
+                return None
             samples.append(usable)
-        return request, self.collate(samples), broken
+        return self.collate(samples)
 
     def collate(self, samples: list[ReadSample]) -> dict[str, Tensor]:
         """Samples of one micro-batch, in order, to a batch of views and companions."""
@@ -154,7 +167,14 @@ class _EvaluationReader:
     def __init__(self, source: Source, views: ViewBuilder) -> None:
         self.source, self.views = source, views
 
-    def __getitem__(self, indices: list[int]) -> tuple[dict[str, Tensor] | None, Tensor, list[Broken]]:
+    def __getitem__(self, indices: list[int]) -> tuple[dict[str, Tensor] | None, Tensor, list[Broken]] | DataError:
+        """The batch, or the error that ends the evaluation, as in `TrainingReader`."""
+        try:
+            return self._batch(indices)
+        except DataError as error:
+            return error
+
+    def _batch(self, indices: list[int]) -> tuple[dict[str, Tensor] | None, Tensor, list[Broken]]:
         images, labels, broken = [], [], []
         for index, sample in zip(indices, read_each(self.source, indices), strict=True):
             try:

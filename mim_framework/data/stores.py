@@ -1,18 +1,119 @@
-"""Where the bytes of files are: a local folder, or one behind a URL."""
+"""Where the bytes of files are: a local folder, or one behind a URL. Start at `Store`; `store_of` makes one.
+
+What a remote store answers is told apart: a file that is not there (`missing`) or not ours to read (`forbidden`) is
+the file's fault and asked for once; a server that fails, stays silent or breaks off is asked again, and when it stays
+away `Unreachable` is raised, never taken for a broken image.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Iterator
-from typing import Any
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
-from mim_framework.base.errors import DataError
+from pydantic import Field
+
+from mim_framework.base.errors import BrokenImage, Cause, DataError, Unreachable
 from mim_framework.base.paths import is_url
+from mim_framework.base.section import Section
+
+T = TypeVar("T")
+
+FIRST_WAIT, LONGEST_WAIT = 0.1, 15.0
+"""Seconds: a wait is drawn between 0 and a bound that doubles from the first to the longest ("full jitter")."""
+READING_SECONDS = 60.0
+"""No further try of a read begins later than this, after the first one (obstore and cloud clients: 1 to 3 minutes)."""
+LISTING_SECONDS = 18.0
+"""The same for a folder's listing, on which a person waits."""
+LONGEST_CALL = 600.0
+"""One read or listing may take so long where silence is noticed by itself, or only its end can be waited for."""
+
+_NOTICES_SILENCE = ("http", "https", "s3")
+"""Protocols whose file systems can give up after some seconds without a byte, whatever the size of the file."""
+
+_TEMPORARY_STATUS = frozenset({408, 425, 429})
+_MISSING_STATUS = frozenset({404, 410})
+_FORBIDDEN_STATUS = frozenset({401, 403, 407})
+_FAULTS_OF_THE_CALL = (TypeError, AttributeError, NotImplementedError, ImportError, MemoryError)
+"""Of a file system's code, not of its server."""
 
 
-class LocalFolder:
-    num_hidden = 0
+class Store(Protocol):
+    """The files below a folder. Names are relative to it, with `/` between parts."""
+
+    remote: bool
+    """True if it opens network connections."""
+    num_hidden: int
     """Hidden names that the last `list` left out; a hidden folder counts once."""
+
+    def list(self) -> Iterator[str]:
+        """Names of all files, in any order; hidden ones (`.name`, also of folders) are left out.
+
+        Raises:
+            Unreachable: if a remote store does not answer.
+            OSError: if a folder cannot be listed.
+        """
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """A file, or `length` bytes from `start`; fewer only where the file ends.
+
+        Raises:
+            BrokenImage: if this file cannot be read.
+            Unreachable: if a remote store does not answer, after the last try.
+        """
+
+    def size(self, name: str) -> int:
+        """Bytes of a file, without reading it; raises as `read` does."""
+
+
+class RemoteSection(Section):
+    """How patiently a remote store is asked; for a source's options to inherit. Local folders do not use it."""
+
+    retries: int = Field(5, ge=0, le=100)
+    """Further tries of a remote read that fails for a reason that may pass (server errors, resets, silence, short
+    answers), with random waits of up to 0.1, 0.2, 0.4 ... 15 seconds between them and none begun after 60 seconds; then
+    the run saves and stops. Clients of object stores do alike: s3fs 4 further tries with waits of up to 15 seconds."""
+    timeout: float = Field(10.0, gt=0, le=3600)
+    """Seconds without a byte from a remote store after which a try has failed (s3fs waits for 15 by itself, fsspec's
+    http for 300). Over http and s3 a file may take longer while bytes arrive, elsewhere it bounds a whole read."""
+
+
+class Tally:
+    """Counts of this process by name, also of reads in several threads."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, name: str) -> None:
+        with self._lock:
+            self._counts[name] += 1
+
+    def take(self) -> dict[str, int]:
+        """What was counted since the last call."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        return dict(counts)
+
+
+REMOTE = Tally()
+"""`retries`: tries that were made again. `unreachable`: reads and listings that were given up.
+
+A reset of a kept connection that an HTTP library repeats by itself is not seen.
+"""
+
+
+class LocalStore:
+    """A folder of this machine."""
+
+    remote = False
+    num_hidden = 0
 
     def __init__(self, root: str, key: str) -> None:
         self._root = root
@@ -21,7 +122,7 @@ class LocalFolder:
             raise DataError(f"{key}: '{root}' {problem}; give a folder of images or a URL such as s3://bucket/images")
 
     def list(self) -> Iterator[str]:
-        """Paths of all files relative to the root, in any order; links are followed, hidden names left out."""
+        """As `Store.list`; links are followed."""
         self.num_hidden = 0
         pending = [("", frozenset({_identity(os.stat(self._root))}))]
         while pending:
@@ -38,55 +139,296 @@ class LocalFolder:
                     if identity not in ancestors:  # a link may lead back up
                         pending.append((f"{folder}{entry.name}/", ancestors | {identity}))
 
-    def read(self, name: str) -> bytes:
-        with open(self.path(name), "rb", buffering=0) as file:
-            return file.read()
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        try:
+            with open(self.path(name), "rb", buffering=0) as file:
+                if start:
+                    file.seek(start)
+                return file.read() if length is None else _read_exactly(file, length)
+        except OSError as error:
+            raise BrokenImage(name, "unreadable", f"{type(error).__name__}: {error}") from error
+
+    def size(self, name: str) -> int:
+        try:
+            return os.stat(self.path(name)).st_size
+        except OSError as error:
+            raise BrokenImage(name, "unreadable", f"{type(error).__name__}: {error}") from error
 
     def path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
 
-class RemoteFolder:
+def _read_exactly(file: Any, length: int) -> bytes:
+    """A raw file may give less than was asked for before its end."""
+    parts: list[bytes] = []
+    while length > 0 and (part := file.read(length)):
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+class RemoteStore:
     """A folder behind an fsspec URL. The file system is looked up where it is used, never sent to a worker."""
 
+    remote = True
     num_hidden = 0
-    """Files that the last `list` left out, as their name or that of a folder is hidden."""
 
-    def __init__(self, root: str, key: str) -> None:
-        self._root = root
+    def __init__(self, root: str, key: str, patience: RemoteSection | None = None) -> None:
+        """Opens nothing; `list` does.
+
+        Raises:
+            DataError: if no installed file system takes the URL.
+        """
+        self._root, self._key, self._patience = root, key, patience or RemoteSection()
+        self._protocol = root.split("://")[0]
         try:
-            file_system, path = self._file_system()
-            exists = file_system.isdir(path)
+            self._file_system()
         except ImportError as error:
             raise DataError(f"{key}: '{root}' needs another package: {error}") from None
         except Exception as error:
             raise DataError(f"{key}: '{root}' cannot be opened: {type(error).__name__}: {error}") from error
-        if not exists:
-            raise DataError(f"{key}: '{root}' does not exist or is not a folder; check the URL and the credentials")
 
     def list(self) -> Iterator[str]:
-        file_system, path = self._file_system()
+        """As `Store.list`. Folder by folder, since what walks for us leaves out folders that fail."""
+        file_system, top = self._file_system()
+        top = top.rstrip("/")
         self.num_hidden = 0
-        for found in file_system.find(path):
-            name = found.removeprefix(path).lstrip("/")
-            if any(part.startswith(".") for part in name.split("/")):
-                self.num_hidden += 1
-            else:
-                yield name
+        pending, seen = [top], {top}
+        while pending:
+            folder = pending.pop()
+            for name, is_folder in self._entries(file_system, folder, top):
+                below = name.removeprefix(top).strip("/")
+                if not name.startswith(top + "/"):
+                    continue
+                if below.rpartition("/")[2].startswith("."):
+                    self.num_hidden += 1
+                elif not is_folder:
+                    yield below
+                elif name.rstrip("/") not in seen:
+                    seen.add(name.rstrip("/"))
+                    pending.append(name.rstrip("/"))
 
-    def read(self, name: str) -> bytes:
-        file_system, path = self._file_system()
-        return file_system.cat_file(f"{path.rstrip('/')}/{name}")
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        file_system, top = self._file_system()
+        path = f"{top.rstrip('/')}/{name}"
+        end = None if length is None else start + length
+
+        def once() -> bytes:
+            if start == 0 and end is None:
+                return _call(file_system, "cat_file", path, seconds=self._limit())
+            limit = self._limit()
+            data: bytes = _call(file_system, "cat_file", path, start=start, end=end, seconds=limit)
+            if end is not None and len(data) < end - start:
+                size = _call(file_system, "info", path, seconds=limit).get("size")
+                if size is None or min(end, size) - start != len(data):
+                    raise ConnectionError(f"{len(data)} bytes of {end - start}, from byte {start}")
+            return data if length is None else data[:length]  # a server without ranges gives what follows, too
+
+        return self._of_file(name, once)
+
+    def size(self, name: str) -> int:
+        file_system, top = self._file_system()
+
+        def once() -> int:
+            found = _call(file_system, "info", f"{top.rstrip('/')}/{name}", seconds=self._limit())
+            if found.get("size") is None:
+                raise OSError("the server does not say how long the file is")
+            return int(found["size"])
+
+        return self._of_file(name, once)
+
+    def _of_file(self, name: str, once: Callable[[], T]) -> T:
+        try:
+            return self._patiently(once, READING_SECONDS)
+        except _Refused as refused:
+            raise BrokenImage(name, refused.cause, f"{refused}") from refused
+        except _GivenUp as given_up:
+            raise Unreachable(
+                f"{self._key}: '{self._root}' does not answer: '{name}' could not be read, {given_up}. "
+                "The image is not at fault and none is taken in its place; see to the server or the network, or raise "
+                f"{self._sibling('retries')} or {self._sibling('timeout')}"
+            ) from given_up
+
+    def _entries(self, file_system: Any, folder: str, top: str) -> list[tuple[str, bool]]:
+        """(path, whether it is a folder) of what a folder holds."""
+
+        def once() -> list[tuple[str, bool]]:
+            listed = _call(file_system, "ls", folder, detail=True, seconds=LONGEST_CALL)
+            return [(entry["name"], entry["type"] == "directory") for entry in listed]
+
+        shown = self._root.rstrip("/") + folder.removeprefix(top)
+        try:
+            entries = self._patiently(once, LISTING_SECONDS)
+        except _Refused as refused:
+            if refused.cause == "missing":
+                text = f"{self._key}: '{shown}' does not exist or is not a folder; check the URL and the credentials"
+                raise DataError(text) from refused
+            raise DataError(f"{self._key}: '{shown}' cannot be listed: {refused}") from refused
+        except _GivenUp as given_up:
+            raise Unreachable(
+                f"{self._key}: '{shown}' cannot be listed, the server does not answer: {given_up}; see to the server "
+                f"or the network, or raise {self._sibling('timeout')}"
+            ) from given_up
+        if len(entries) == 1 and entries[0][0].rstrip("/") == folder and not entries[0][1]:
+            raise DataError(f"{self._key}: '{shown}' does not exist or is not a folder; check the URL")
+        return entries
+
+    def _sibling(self, option: str) -> str:
+        """The key of an option beside that of the root."""
+        return f"{self._key.rpartition('.')[0] or 'data.source'}.{option}"
+
+    def _limit(self) -> float:
+        """Seconds for a whole read: few where nothing else notices a server that is silent."""
+        return LONGEST_CALL if self._protocol in _NOTICES_SILENCE else self._patience.timeout
+
+    def _patiently(self, once: Callable[[], T], seconds: float) -> T:
+        """What `once` gives, asked again while it fails for a reason that may pass.
+
+        Raises:
+            _Refused: if there is no point in asking again.
+            _GivenUp: after the last try.
+        """
+        began = time.monotonic()
+        for number in range(1 + self._patience.retries):
+            if number:
+                REMOTE.add("retries")
+            try:
+                return once()
+            except _FAULTS_OF_THE_CALL:
+                raise
+            except Exception as error:  # file systems raise the errors of their network libraries too
+                cause = cause_of(error)
+                if cause is not None:
+                    raise _Refused(cause, _told(error)) from error
+                last = error
+            wait = wait_before(number + 1)
+            if number == self._patience.retries or time.monotonic() - began + wait > seconds:
+                break
+            time.sleep(wait)
+        REMOTE.add("unreachable")
+        tried = f"tried {number + 1} times in {time.monotonic() - began:.0f} s"
+        raise _GivenUp(f"{tried}, at last {_told(last)}") from last
 
     def _file_system(self) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
 
-        return url_to_fs(self._root)  # fsspec keeps one instance per process
+        file_system, path = url_to_fs(self._root, **self._options())  # fsspec keeps one instance per process
+        if self._protocol == "s3":
+            file_system.retries = 1  # s3fs has tries of its own, which would multiply with ours and not be counted
+        return file_system, path
+
+    def _options(self) -> dict[str, Any]:
+        """Options of the file system: after how many seconds of silence a call fails, and that it is not repeated."""
+        seconds = self._patience.timeout
+        if self._protocol in ("http", "https"):
+            import aiohttp
+
+            return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(None, sock_connect=seconds, sock_read=seconds)}}
+        if self._protocol == "s3":
+            once = {"retries": {"total_max_attempts": 1}}
+            return {"config_kwargs": {"connect_timeout": seconds, "read_timeout": seconds, **once}}
+        return {}
 
 
-def store_of(root: str, key: str) -> LocalFolder | RemoteFolder:
-    """The folder at a local path or URL, as `base.paths` leaves them; `key` names the option in messages."""
-    return RemoteFolder(root, key) if is_url(root) else LocalFolder(root, key)
+def store_of(root: str, key: str, patience: RemoteSection | None = None) -> LocalStore | RemoteStore:
+    """The store at a local path or URL, as `base.paths` leaves them; `key` names the option in messages."""
+    return RemoteStore(root, key, patience) if is_url(root) else LocalStore(root, key)
+
+
+class _Refused(Exception):
+    """An answer that will not change."""
+
+    def __init__(self, cause: Cause, text: str) -> None:
+        super().__init__(text)
+        self.cause = cause
+
+
+class _GivenUp(Exception):
+    """No answer, after the last try."""
+
+
+def cause_of(error: BaseException) -> Cause | None:
+    """Why a remote file cannot be used, or None if the store may answer at another time.
+
+    Whatever is not known to be the file's fault is taken for the store's: a run then stops, and loses no sample.
+    """
+    status = _status_of(error)
+    if status in _MISSING_STATUS or isinstance(error, FileNotFoundError):
+        return "missing"
+    if status in _FORBIDDEN_STATUS or isinstance(error, PermissionError):
+        return "forbidden"
+    if isinstance(error, IsADirectoryError | NotADirectoryError):
+        return "unreadable"
+    if status is not None and 400 <= status < 500 and status not in _TEMPORARY_STATUS:
+        return "unreadable"
+    return "unreadable" if isinstance(error, ValueError) and not isinstance(error, OSError) else None
+
+
+def _status_of(error: BaseException) -> int | None:
+    """The status of an answer over HTTP, where the libraries of file systems keep it."""
+    for name in ("status", "status_code", "code"):
+        value = getattr(error, name, None)
+        if isinstance(value, int | str) and str(value).isdigit():
+            return int(value)
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        value = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        value = getattr(response, "status_code", None)
+    return value if isinstance(value, int) else None
+
+
+_JITTER = random.SystemRandom()
+"""Without a seed, and apart from every generator that a run draws from."""
+
+
+def wait_before(retry: int) -> float:
+    """Seconds to wait before the first, second, ... further try: "full jitter", so that many clients spread."""
+    return _JITTER.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2 ** (retry - 1)))
+
+
+def _call(file_system: Any, method: str, *args: Any, seconds: float, **kwargs: Any) -> Any:
+    """A method of a file system that is given up after so many seconds.
+
+    Raises:
+        TimeoutError: then.
+    """
+    if getattr(file_system, "async_impl", False):
+        from fsspec.asyn import sync
+
+        function = getattr(file_system, f"_{method}")
+        return sync(file_system.loop, lambda: asyncio.wait_for(function(*args, **kwargs), seconds))
+    call = _Call(lambda: getattr(file_system, method)(*args, **kwargs))
+    threading.Thread(target=call.run, daemon=True).start()
+    return call.result(seconds)
+
+
+@dataclass
+class _Call:
+    """One call in a thread that can be left behind."""
+
+    function: Callable[[], Any]
+
+    def __post_init__(self) -> None:
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._value, self._error = self.function(), None
+        except BaseException as error:
+            self._value, self._error = None, error
+        self._done.set()
+
+    def result(self, seconds: float) -> Any:
+        if not self._done.wait(seconds):
+            raise TimeoutError(f"no answer within {seconds:g} s")
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mim_framework.base.errors import TrainingError
 from mim_framework.base.files import SideFile
+from mim_framework.checkpoints.checkpoint import Checkpoint
 from mim_framework.contract.components import Component
-from mim_framework.data.loader import Loader
+from mim_framework.contract.world import World
+from mim_framework.data.loader import COUNTED, OF_THE_SERVER, Loader
 from mim_framework.runtime.metrics import MetricsWriter, Throughput
 from mim_framework.runtime.optim import Optimizer
 from mim_framework.training.measured import History, Summary
@@ -37,12 +41,20 @@ class Log:
         self.metrics, self.progress = metrics, progress
         self.throughput = Throughput(run.device)
         self.skipped_steps = SideFile(run.dir / "nonfinite.jsonl")
+        lines = None if metrics is None else metrics.path
+        self._of_the_server_before = {name: _last_logged(lines, name) for name in OF_THE_SERVER if lines is not None}
         self.window: dict[str, float] = dict(state.get("window", {}))
         self.nonfinite_in_a_row = int(state.get("nonfinite_in_a_row", 0))
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed run must remember."""
-        return {"window": self.window, "nonfinite_in_a_row": self.nonfinite_in_a_row}
+    def state(self, *, before_step: bool = False) -> dict[str, Any]:
+        """What a resumed run must remember. Every rank must call it.
+
+        Args:
+            before_step: leave out what was read for the step that does not count.
+        """
+        rows = self._read_by_ranks(before_step=before_step)
+        kept = [{name: count for name, count in row.items() if name not in OF_THE_SERVER} for row in rows]
+        return {"window": self.window, "nonfinite_in_a_row": self.nonfinite_in_a_row, "reading": kept}
 
     def step(self, done: int, measured: Summary) -> dict[str, float] | None:
         """After a step; the line that was written, if one was due.
@@ -121,7 +133,42 @@ class Log:
         for path, module in self.run.model.objective.named_modules():
             if isinstance(module, Component):  # by place, as two heads may hold components of one name
                 line |= {f"{path or module.name}/{name}": value.item() for name, value in module.metrics().items()}
-        line |= {f"broken/{cause}": float(count) for cause, count in self.loader.broken_counts.items()}
+        line |= self._troubles(self._read_by_ranks())
         line |= self.throughput.take()
         self.numbers(done, line)
         return line
+
+    def reading_failed(self, done: int) -> None:
+        """A line with what was counted until reading failed, in the step after `done`. Every rank must call it."""
+        self.numbers(done, self._troubles(self._read_by_ranks()))
+
+    def _read_by_ranks(self, **of: bool) -> list[dict[str, int]]:
+        """What the loader of each rank has counted, without zeros."""
+        counts = self.loader.counts(**of)
+        own = torch.tensor([counts[name] for name in COUNTED], device=self.run.device)
+        rows = self.run.world.gather(own).view(-1, len(COUNTED)).tolist()
+        return [{name: count for name, count in zip(COUNTED, row, strict=True) if count} for row in rows]
+
+    def _troubles(self, rows: list[dict[str, int]]) -> dict[str, float]:
+        """Over all ranks, what a reader of the log wants to know: everything but the images that could be read.
+
+        What servers did is not in checkpoints, which are the same bits without it; the log itself remembers it.
+        """
+        total = sum((Counter(row) for row in rows), Counter(self._of_the_server_before))
+        return {name: float(total[name]) for name in COUNTED if name != "read" and total[name]}
+
+
+def counted_before(resumed: Checkpoint | None, world: World) -> dict[str, int]:
+    """What this rank counted before a checkpoint; on another number of ranks, its share of what they did."""
+    rows = [] if resumed is None else resumed.state.get("reading", [])
+    return dict(sum((Counter(row) for row in rows[world.rank :: world.size]), Counter()))
+
+
+def _last_logged(path: Path, name: str) -> int:
+    """The last value of a count in metrics.jsonl, without reading all lines of a long one."""
+    content = path.read_bytes()
+    place = content.rfind(f'"{name}"'.encode())
+    if place < 0:
+        return 0
+    line = content[content.rfind(b"\n", 0, place) + 1 :].split(b"\n", 1)[0]
+    return int(json.loads(line)[name])

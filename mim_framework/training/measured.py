@@ -16,12 +16,16 @@ from mim_framework.data.loader import Batch
 
 @dataclass(frozen=True)
 class Summary:
-    """A step or one of its phases, over micro-batches and ranks; `stop`: a rank was told to."""
+    """A step or one of its phases, over micro-batches and ranks.
+
+    `stop`: a rank was told to. `unread`: a rank could not read its images, so that the step does not count.
+    """
 
     losses: dict[str, float]
     metrics: dict[str, float]
     grad_norms: dict[str, float]
     stop: bool
+    unread: bool = False
 
     @property
     def finite(self) -> bool:
@@ -46,7 +50,11 @@ class Summary:
             {f"{phase}/{name}": value for phase, each in phases.items() for name, value in getattr(each, kind).items()}
             for kind in ("losses", "metrics", "grad_norms")
         ]
-        return cls(*merged, stop=any(each.stop for each in phases.values()))
+        return cls(
+            *merged,
+            stop=any(each.stop for each in phases.values()),
+            unread=any(each.unread for each in phases.values()),
+        )
 
 
 class History:
@@ -86,14 +94,17 @@ class History:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
 
-    def reduce(self, world: World, grad_norms: Mapping[str, Tensor], told: Tensor) -> Summary:
-        """Means over micro-batches and ranks, and whether any rank was `told` to stop: the one wait for the device."""
+    def reduce(self, world: World, grad_norms: Mapping[str, Tensor], told: Tensor, *, unread: bool = False) -> Summary:
+        """Means over micro-batches and ranks, and whether any rank was `told` to stop or has images `unread`.
+
+        The one wait for the device.
+        """
         weights = torch.stack(self.counts) if self.over_positions else None
         losses, metrics = (averaged(entries, weights) for entries in (self.values, self.metrics))
         single = len(grad_norms) == 1
         norms = {"grad_norm" if single else f"grad_norm/{name}": norm.float() for name, norm in grad_norms.items()}
         total = told.new_ones(()) if weights is None else weights.sum()
-        columns = [*losses.values(), *metrics.values(), total, *norms.values(), told]
+        columns = [*losses.values(), *metrics.values(), total, *norms.values(), told.new_tensor(float(unread)), told]
         means = world.mean(torch.stack(columns)).tolist()
         num_averaged = len(losses) + len(metrics)
         divisor = means[num_averaged] or math.nan  # no position of the whole step was predicted: it does not count
@@ -101,8 +112,9 @@ class History:
         return Summary(
             losses={name: next(shares) for name in losses},
             metrics={name: next(shares) for name in metrics},
-            grad_norms=dict(zip(norms, means[num_averaged + 1 : -1], strict=True)),
+            grad_norms=dict(zip(norms, means[num_averaged + 1 : -2], strict=True)),
             stop=means[-1] > 0,
+            unread=means[-2] > 0,
         )
 
 

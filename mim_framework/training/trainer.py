@@ -20,7 +20,7 @@ import torch
 from mim_framework.assembly.builder import build_optimizers
 from mim_framework.assembly.doubts import doubts
 from mim_framework.base import rng
-from mim_framework.base.errors import TrainingError
+from mim_framework.base.errors import DataError, TrainingError
 from mim_framework.checkpoints.checkpoint import Checkpoint
 from mim_framework.contract.components import Component
 from mim_framework.contract.world import World
@@ -37,7 +37,7 @@ from mim_framework.training.evaluations import Evaluations, planned
 from mim_framework.training.explosion import Watch
 from mim_framework.training.explosions import Explosions, GoneBack, merged
 from mim_framework.training.listeners import Listeners
-from mim_framework.training.log import Log
+from mim_framework.training.log import Log, counted_before
 from mim_framework.training.measured import History, Summary
 from mim_framework.training.pictures import draw_fixed
 from mim_framework.training.progress import Progress
@@ -183,9 +183,11 @@ class Trainer:
             for optimizer in optimizers:
                 optimizer.schedule(step)
             grad_norms = {optimizer.name: optimizer.clip() for optimizer in optimizers}
-            told = self.stop.told(self.run.device)
-            summary = history.reduce(self.run.world, grad_norms, told)  # the one wait for the device
+            told, unread = self.stop.told(self.run.device), self.loader.failure is not None
+            summary = history.reduce(self.run.world, grad_norms, told, unread=unread)  # the one wait for the device
             self.watchdog.at(f"phase {phase.name}, after the wait for the other ranks")
+            if summary.unread:
+                raise self._saved_after_failed_reading(index)
             if summary.finite:
                 self.untouched.forget()
                 for optimizer in optimizers:
@@ -223,6 +225,22 @@ class Trainer:
             raise
         finally:
             self.listeners.tell("mim_run_finished", error=error)
+
+    def _saved_after_failed_reading(self, index: int) -> DataError:
+        """Save the state before this step, in which some rank had no images; the error that ends the run.
+
+        Every rank must call it.
+        """
+        self.objective.zero_grad(set_to_none=True)
+        self.log.reading_failed(index)
+        if index > self.start and self.untouched.yet:
+            self.checkpoints.save(index, self._numbers(before_step=True), rising=self.watch.rising, must=True)
+            self.log.note(f"reading failed; saved after step {index}, the same command goes on from here")
+        if self.loader.failure is not None:
+            return self.loader.failure
+        error = DataError("another rank could not read its images")
+        error.told_by_another_rank = True
+        return error
 
     def _one_step(self, index: int, batches: Iterator[Batch]) -> str | None:
         """A step and what comes after it, or what has kept the run from it.
@@ -334,9 +352,9 @@ class Trainer:
         if last or run.due(done, recipe.log.images_every_epochs):
             self._draw(done)
 
-    def _numbers(self) -> dict[str, Any]:
-        """What a resumed run must remember besides tensors."""
-        return {**self.log.state(), "watch": self.watch.state()}
+    def _numbers(self, *, before_step: bool = False) -> dict[str, Any]:
+        """What a resumed run must remember besides tensors; `before_step`: as it was before the step in the making."""
+        return {**self.log.state(before_step=before_step), "watch": self.watch.state()}
 
     def _first_skipped(self, done: int, measured: Summary) -> bool:
         """Whether to keep the state for `mim replay`: at the first skipped step of a row, if its weights are finite."""
@@ -377,6 +395,7 @@ class Trainer:
         self.loader = Loader(
             recipe.data, run.source, run.model.views, seed=recipe.seed, layout=run.layout, start_step=self.start,
             total_steps=run.total_steps, device=run.device, run_dir=run.dir, companions=run.model.companions,
+            counted=counted_before(self.resumed, run.world), finish_step=True,
         )  # fmt: skip
         metrics = run.world.on_main(lambda: MetricsWriter(run.dir, resume_step=self.start, section=recipe.log))
         with Progress(run, start=self.start) as progress:

@@ -253,7 +253,7 @@ def test_a_remote_folder_is_read_like_a_local_one(memory):
     samples = [source.read(i) for i in range(len(source))]
     assert [(s.name, s.label, s.data) for s in samples] == [("cat/1.png", 0, png(0)), ("dog/a/2.png", 1, png(1))]
     memory.rm("/bucket/images/cat/1.png")
-    with pytest.raises(BrokenImage, match=r"cat/1\.png: unreadable"):
+    with pytest.raises(BrokenImage, match=r"cat/1\.png: missing"):
         source.read(0)
 
 

@@ -20,7 +20,7 @@ from mim_framework.base.section import PathOrURL, Section
 from mim_framework.contract.components import Source
 from mim_framework.contract.records import Sample
 from mim_framework.data.decode import num_pages
-from mim_framework.data.stores import LocalFolder, RemoteFolder, store_of
+from mim_framework.data.stores import LocalStore, RemoteSection, store_of
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset([
@@ -47,7 +47,7 @@ class FolderSource(Source):
 
     name = "folder"
 
-    class Config(Section):
+    class Config(RemoteSection):
         root: PathOrURL = Field(min_length=1)
         """Folder that is searched recursively: a local path or any fsspec URL, such as s3://bucket/images."""
         labels: bool = False
@@ -69,13 +69,15 @@ class FolderSource(Source):
     def __init__(self, config: Section, key: str = "data.source.root") -> None:
         """`key` names the folder in messages."""
         super().__init__(config)
-        self._folder = store_of(self.config.root, key)
-        self.remote = isinstance(self._folder, RemoteFolder)
+        self._store = store_of(self.config.root, key, self.config)
+        self.remote = self._store.remote
         self._skipped: Counter[str] = Counter()
         try:
             names = sorted(self._images())
             paged = [number for number, name in enumerate(names) if _suffix(name) in PAGED_SUFFIXES]
             pages = self._pages_of([names[number] for number in paged]) if self.config.pages == "each" else []
+        except DataError:
+            raise
         except Exception as error:  # file systems raise the errors of their network libraries too
             raise DataError(f"{key}: '{self.config.root}' cannot be listed: {type(error).__name__}: {error}") from error
         self._num_paged = len(paged)
@@ -105,9 +107,9 @@ class FolderSource(Source):
         file = self._names[number]
         name = file if count == 1 else f"{file}#{page + 1}"
         try:
-            data = self._folder.read(file)
-        except Exception as error:  # as above
-            raise BrokenImage(name, "unreadable", f"{type(error).__name__}: {error}") from error
+            data = self._store.read(file)
+        except BrokenImage as error:
+            raise BrokenImage(name, error.cause, error.detail) from error
         return Sample(data, name, self._label_of[_first_folder(file)] if self.config.labels else None, page)
 
     def _place(self, index: int) -> tuple[int, int, int]:
@@ -124,9 +126,9 @@ class FolderSource(Source):
         if self._starts is not None:
             names.update(self._starts.tobytes())
         found = {**super().identity(), "names": names.hexdigest()}
-        if isinstance(self._folder, LocalFolder):
+        if isinstance(self._store, LocalStore):
             numbers = range(0, len(self._names), -(-len(self._names) // FILES_SIZED))
-            sizes = array("q", (_size(self._folder.path(self._names[number])) for number in numbers))
+            sizes = array("q", (_size(self._store.path(self._names[number])) for number in numbers))
             found["sizes"] = hashlib.sha256(sizes.tobytes()).hexdigest()
         return found
 
@@ -135,8 +137,8 @@ class FolderSource(Source):
         counts = [f"{count:,} {_printable(suffix) if suffix else 'without a suffix'}" for suffix, count in named]
         if others := self._skipped.total() - sum(count for _, count in named):
             counts.append(f"{others:,} of other suffixes")
-        if self._folder.num_hidden:
-            counts.append(f"{self._folder.num_hidden:,} hidden")
+        if self._store.num_hidden:
+            counts.append(f"{self._store.num_hidden:,} hidden")
         return [*counts, *self._later_pages]
 
     @cached_property
@@ -168,7 +170,7 @@ class FolderSource(Source):
 
     def _images(self) -> Iterator[str]:
         """Names of files with a suffix of images; the others are counted."""
-        for name in self._folder.list():
+        for name in self._store.list():
             if (suffix := _suffix(name)) in IMAGE_SUFFIXES:
                 yield name
             else:
@@ -178,8 +180,8 @@ class FolderSource(Source):
         """How many pages each file has; 1 for what is no image."""
 
         def count(name: str) -> int:
-            local = isinstance(self._folder, LocalFolder)
-            return num_pages(self._folder.path(name) if local else self._folder.read(name))
+            local = isinstance(self._store, LocalStore)
+            return num_pages(self._store.path(name) if local else self._store.read(name))
 
         with ThreadPoolExecutor(THREADS) as pool:
             return list(pool.map(count, names))

@@ -1,0 +1,336 @@
+"""Images behind a server that fails: no sample is lost or replaced; a run that cannot go on saves and says so."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny import RECIPE
+from web import FAULTS, Faults, served
+
+from mim_framework.base.errors import BrokenImage, DataError, Unreachable, WorkerKilled
+from mim_framework.base.section import Section
+from mim_framework.checkpoints.checkpoint import find_latest
+from mim_framework.contract.components import Source
+from mim_framework.contract.records import Sample
+from mim_framework.data import stores
+from mim_framework.recipe.draft import load_recipe
+from mim_framework.registry.registry import Registry
+from mim_framework.runtime.metrics import read_metrics
+from mim_framework.testing import RegistryWith, run_ranks
+from mim_framework.training.trainer import train
+
+NUM_IMAGES, STEPS = 32, 12
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(NUM_IMAGES):
+        pixels = np.random.default_rng(number).integers(0, 255, (20, 20, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def from_disk(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run(tmp_path_factory.mktemp("disk"), str(images))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "FIRST_WAIT", 1e-3)
+
+
+def run(folder: Path, root: str, *, steps: int = STEPS, **source: Any) -> dict[str, str]:
+    """Hashes of all that the last checkpoint of a run holds, by file."""
+    content = {
+        **RECIPE,
+        "output_dir": str(folder),
+        "data": {"source": {"type": "folder", "root": root, **source}, "workers": 0},
+        "train": {**RECIPE["train"], "steps": steps},
+        "checkpoint": {"every_epochs": 0, "every_steps": 100},
+    }
+    trained(folder, content, Registry())
+    return hashes(folder)
+
+
+def trained(folder: Path, content: dict[str, Any], registry: Registry) -> Path:
+    folder.mkdir(exist_ok=True)
+    file = folder / f"recipe_{os.getpid()}.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return train(load_recipe(file, (), registry), registry)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    found = find_latest(folder / "tiny" / "checkpoints")
+    files = json.loads((found.path / "manifest.json").read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items()}
+
+
+def counted(folder: Path) -> dict[str, float]:
+    lines = read_metrics(folder / "tiny" / "metrics.jsonl")
+    return {name: value for name, value in lines[-1].items() if name in ("retries", "unreachable") or "broken" in name}
+
+
+def assert_counted(folder: Path, faults: Faults) -> None:
+    """Every fault is a retry, but for resets of kept connections, which aiohttp repeats by itself."""
+    [(name, retries)] = counted(folder).items()
+    assert name == "retries"
+    assert faults.failed.total() - faults.failed["reset"] <= retries <= faults.failed.total()
+
+
+def nothing_replaced(folder: Path) -> bool:
+    return not list((folder / "tiny").glob("broken_images*"))
+
+
+# --- over HTTP -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*FAULTS, "all"])
+def test_files_that_fail_twice_are_read_at_the_third_try(tmp_path, images, from_disk, impatient, kind: str):
+    pytest.importorskip("aiohttp")
+    faults = Faults(0.3, times=2, kinds=FAULTS if kind == "all" else (kind,))
+    with served(images, faults) as url:
+        assert run(tmp_path, url, timeout=0.5) == from_disk
+    assert faults.failed.total() >= 10
+    assert len(faults.failed) >= 3 if kind == "all" else set(faults.failed) == {kind}
+    assert_counted(tmp_path, faults)
+    assert nothing_replaced(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("retries", [1, 9])
+def test_with_independent_faults_a_run_ends_with_the_same_bits_or_stops_saved(
+    tmp_path, images, from_disk, impatient, retries: int
+):
+    """With one further try, about one read in eleven is given up: every stop makes a checkpoint, and it goes on."""
+    pytest.importorskip("aiohttp")
+    faults = Faults(0.3, independent=True, kinds=("500", "503", "reset", "short"))
+    stops = 0
+    with served(images, faults) as url:
+        for _ in range(100):
+            try:
+                found = run(tmp_path, url, retries=retries)
+                break
+            except Unreachable:
+                stops += 1
+                assert nothing_replaced(tmp_path)
+    assert found == from_disk
+    assert stops == 0 if retries == 9 else stops > 0
+    if not stops:
+        assert_counted(tmp_path, faults)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", [30, 61])
+def test_a_server_that_stays_away_stops_the_run_after_a_checkpoint(
+    tmp_path, images, from_disk, impatient, answers: int
+):
+    pytest.importorskip("aiohttp")
+    with served(images, Faults(gone_after=answers)) as url, pytest.raises(Unreachable, match="does not answer"):
+        run(tmp_path, url, retries=2)
+    done = answers // 8
+    assert find_latest(tmp_path / "tiny" / "checkpoints").step == done
+    assert counted(tmp_path) == {"retries": 2, "unreachable": 1}
+    assert nothing_replaced(tmp_path)
+    with served(images) as url:
+        assert run(tmp_path, url, retries=5) == from_disk
+    assert counted(tmp_path) == {"retries": 2, "unreachable": 1}
+
+
+# --- the same without a server ---------------------------------------------------------------------------------------
+
+
+class Distant(Source):
+    """32 pictures; `gone` raises for one of them while the file `here` is missing, others are always broken."""
+
+    name = "distant"
+
+    class Config(Section):
+        here: str
+        """A file; without it the store is unreachable."""
+        gone: int = -1
+        """Index of the sample that cannot be reached."""
+        killed: bool = False
+        """Whether the process ends itself there, as if the system had killed it."""
+        broken: list[int] = []
+        """Indices of broken samples."""
+
+    config: Config
+
+    def __len__(self) -> int:
+        return NUM_IMAGES
+
+    def read(self, index: int) -> Sample:
+        if index == self.config.gone and not Path(self.config.here).exists():
+            if self.config.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise Unreachable(f"sample {index} is out of reach")
+        if index in self.config.broken:
+            raise BrokenImage(f"{index}.png", "truncated", "a half")
+        pixels = np.random.default_rng(index).integers(0, 255, (20, 20, 3), np.uint8)
+        return Sample(pixels, f"{index}.png")
+
+
+def distant(folder: Path, *, workers: int = 0, train_options: dict[str, Any] | None = None, **source: Any) -> Path:
+    content = {
+        **RECIPE,
+        "output_dir": str(folder),
+        "data": {
+            "source": {"type": "distant", "here": str(folder / "here"), **source}, "workers": workers, "max_broken": 0.5
+        },
+        "train": {**RECIPE["train"], "steps": STEPS, **(train_options or {})},
+        "checkpoint": {"every_epochs": 0, "every_steps": 5},
+    }  # fmt: skip
+    return trained(folder, content, RegistryWith(Distant))
+
+
+def order(positions: range) -> list[int]:
+    from mim_framework.data.order import SampleOrder
+
+    return SampleOrder(0, NUM_IMAGES).indices(positions)
+
+
+@pytest.mark.parametrize(("position", "options"), [(27, {}), (21, {"batch_size": 2}), (17, {"batch_size": 4})])
+def test_an_unreachable_sample_saves_the_steps_before_it(tmp_path, position: int, options: dict[str, Any]):
+    """In the middle of the first epoch, in the first or a later micro-batch of step 3 or 2."""
+    [gone] = order(range(position, position + 1))
+    with pytest.raises(Unreachable, match=f"sample {gone} is out of reach"):
+        distant(tmp_path / "stopped", gone=gone, train_options=options)
+    assert find_latest(tmp_path / "stopped" / "tiny" / "checkpoints").step == position // 8
+    (tmp_path / "stopped" / "here").touch()
+    distant(tmp_path / "stopped", gone=gone, train_options=options)
+    distant(tmp_path / "whole", train_options=options)
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
+def weights(folder: Path) -> dict[str, str]:
+    return hashes(folder)
+
+
+@pytest.mark.parametrize("position", [0, 6])
+def test_a_run_that_cannot_read_its_first_step_ends_at_once_and_saves_nothing(tmp_path, position: int):
+    [gone] = order(range(position, position + 1))
+    with pytest.raises(Unreachable, match=f"sample {gone} is out of reach"):
+        distant(tmp_path, gone=gone, train_options={"batch_size": 2})
+    assert find_latest(tmp_path / "tiny" / "checkpoints") is None
+
+
+@pytest.mark.parametrize("position", [26, 29])
+def test_all_ranks_save_when_one_cannot_read(tmp_path, position: int):
+    """Step 3 has the positions 24 to 31, the first half of which is rank 0's."""
+    [gone] = order(range(position, position + 1))
+
+    def main(rank: int) -> tuple[str, bool]:
+        with pytest.raises(DataError) as info:
+            distant(tmp_path / "stopped", gone=gone, train_options={"batch_size": 4})
+        return str(info.value), info.value.told_by_another_rank
+
+    told = run_ranks(main)
+    mine = 0 if position < 28 else 1
+    assert told[mine] == (f"sample {gone} is out of reach", False)
+    assert told[1 - mine] == ("another rank could not read its images", True)
+    assert find_latest(tmp_path / "stopped" / "tiny" / "checkpoints").step == 3
+    (tmp_path / "stopped" / "here").touch()
+    run_ranks(lambda rank: distant(tmp_path / "stopped", gone=gone, train_options={"batch_size": 4}))
+    run_ranks(lambda rank: distant(tmp_path / "whole", train_options={"batch_size": 4}))
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_data_worker_is_one_sentence_after_a_checkpoint(tmp_path, workers: int):
+    [gone] = order(range(30, 31))
+    with pytest.raises(WorkerKilled) as info:
+        distant(tmp_path / "stopped", workers=workers, gone=gone, killed=True)
+    assert "was killed by SIGKILL, most often by the system when memory runs out" in str(info.value)
+    assert f"data.workers={workers // 2} needs less memory" in str(info.value)
+    assert multiprocessing.active_children() == []
+    assert find_latest(tmp_path / "stopped" / "tiny" / "checkpoints").step >= 1
+    (tmp_path / "stopped" / "here").touch()
+    distant(tmp_path / "stopped", gone=gone, killed=True)
+    distant(tmp_path / "whole")
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
+# --- counts and lists of broken images -------------------------------------------------------------------------------
+
+
+def listed(folder: Path) -> list[tuple[int, str]]:
+    lines = [
+        line for path in (folder / "tiny").glob("broken_images.rank*.jsonl") for line in path.read_text().splitlines()
+    ]
+    return sorted((line["position"], line["name"]) for line in map(json.loads, lines))
+
+
+@pytest.mark.parametrize("broken", [[3, 11, 30], list(range(0, NUM_IMAGES, 5))])
+def test_counts_and_lists_are_the_same_after_a_stop(tmp_path, broken: list[int]):
+    [gone] = order(range(60, 61))
+    while gone in broken:
+        gone += 1
+    distant(tmp_path / "whole", broken=broken)
+    with pytest.raises(Unreachable):
+        distant(tmp_path / "stopped", broken=broken, gone=gone)
+    [torn] = (tmp_path / "stopped" / "tiny").glob("broken_images.rank0.jsonl")
+    last = find_latest(tmp_path / "stopped" / "tiny" / "checkpoints").step
+    later = {"position": last * 8 + 1, "index": 3, "name": "3.png", "cause": "truncated", "detail": "a half"}
+    torn.write_text(torn.read_text() + json.dumps(later) + '\n{"posi')  # as after a kill
+    (tmp_path / "stopped" / "here").touch()
+    distant(tmp_path / "stopped", broken=broken, gone=gone)
+    assert listed(tmp_path / "stopped") == listed(tmp_path / "whole")
+    assert len(listed(tmp_path / "whole")) > 3
+    assert counted(tmp_path / "stopped") == counted(tmp_path / "whole")
+    assert counted(tmp_path / "whole") == {"broken/truncated": len(listed(tmp_path / "whole"))}
+
+
+@pytest.mark.parametrize("broken", [[3, 11, 30], list(range(0, NUM_IMAGES, 5))])
+def test_the_log_counts_the_broken_images_of_all_ranks(tmp_path, broken: list[int]):
+    distant(tmp_path / "one", broken=broken)
+    run_ranks(lambda rank: distant(tmp_path / "two", broken=broken, train_options={"batch_size": 4}))
+    assert counted(tmp_path / "two") == counted(tmp_path / "one")
+    assert listed(tmp_path / "two") == listed(tmp_path / "one")
+    rows = find_latest(tmp_path / "two" / "tiny" / "checkpoints").state["reading"]
+    assert len(rows) == 2
+    assert sum(row["broken/truncated"] for row in rows) == len(listed(tmp_path / "one"))
+
+
+def test_counts_survive_a_change_of_the_number_of_ranks(tmp_path):
+    [gone] = order(range(60, 61))
+    broken = [index for index in (3, 11, 30) if index != gone]
+    two = {"batch_size": 4}
+    distant(tmp_path / "one", broken=broken)
+    with pytest.raises(RuntimeError, match="out of reach|could not read"):
+        run_ranks(lambda rank: distant(tmp_path / "two", broken=broken, gone=gone, train_options=two))
+    (tmp_path / "two" / "here").touch()
+    distant(tmp_path / "two", broken=broken, gone=gone, train_options=two)
+    assert counted(tmp_path / "two") == counted(tmp_path / "one")
+    assert listed(tmp_path / "two") == listed(tmp_path / "one")
+
+
+@pytest.mark.parametrize("cause", ["truncated", "of a plugin's own"])
+def test_a_list_that_cannot_be_written_is_warned_about_and_the_run_goes_on(tmp_path, caplog, monkeypatch, cause: str):
+    monkeypatch.setattr(Distant, "read", lambda self, index: broken_at_three(index, cause))
+    (tmp_path / "tiny" / "broken_images.rank0.jsonl").mkdir(parents=True)
+    distant(tmp_path)
+    assert [each for each in caplog.messages if "broken_images.rank0.jsonl: Is a directory" in each] != []
+    name = "broken/truncated" if cause == "truncated" else "broken/other"
+    assert counted(tmp_path) == {name: order(range(8 * STEPS)).count(3)}
+
+
+def broken_at_three(index: int, cause: Any) -> Sample:
+    if index == 3:
+        raise BrokenImage("3.png", cause, "a half")
+    return Sample(torch.full((20, 20, 3), index, dtype=torch.uint8).numpy(), f"{index}.png")
