@@ -231,7 +231,8 @@ def tokenize(settings: Settings, recipe: str, overrides: tuple[str, ...], output
     from mim_framework.commands.tokenize import tokenize as run_tokenize
 
     facts = run_tokenize(checked, settings.registry, output, report=click.echo)
-    click.echo(f"{facts.num_images:,} images x {facts.views_per_image} views: use data.tokens={output}")
+    without = f", {facts.missing:,} views without ids" if facts.missing else ""
+    click.echo(f"{facts.num_images:,} images x {facts.views_per_image} views{without}: use data.tokens={output}")
 
 
 @main.command()

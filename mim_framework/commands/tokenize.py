@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +17,10 @@ from mim_framework.base.errors import BrokenImage, DataError, RecipeError
 from mim_framework.base.precision import uses_bfloat16
 from mim_framework.contract.components import Source, Target
 from mim_framework.contract.records import Masked
-from mim_framework.data.companions import TokenFacts, TokenWriter
+from mim_framework.data.companions import BROKEN_IMAGES, TokenFacts, TokenWriter
+from mim_framework.data.loader import TOLERATED_BROKEN, told_causes
 from mim_framework.data.prefetch import prefetch
-from mim_framework.data.reader import TrainingReader, read_each
+from mim_framework.data.reader import Broken, TrainingReader, read_each
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import choose_device
@@ -34,14 +37,16 @@ def tokenize(
 ) -> TokenFacts:
     """Write the folder of token ids that the recipe then takes as `data.tokens`.
 
-    An interrupted call goes on where it stopped. Images that cannot be read are left out, as they are in training.
+    An interrupted call goes on where it stopped. Images that cannot be read are counted and listed, as they are in
+    training, and left out; a further call asks for them again.
 
     Args:
         report: told how far it is, now and then.
 
     Raises:
         RecipeError: if the recipe has no fixed views or no target of token ids.
-        DataError: if the source has no images or the folder cannot be written.
+        DataError: if the source has no images, the folder cannot be written, more images are broken than
+            `data.max_broken` allows or a store does not answer; what was computed is kept.
     """
     if recipe.data.views_per_image is None:
         text = "missing; stored ids need fixed views of every image, for example data.views_per_image=10"
@@ -72,16 +77,70 @@ def tokenize(
     done = 0
     requests = writer.missing(batch_size)
     total = sum(len(indices) for _, indices in requests)
-    for (number, _), indices, batch in _read(recipe, source, model, requests):
-        if batch is not None:
-            on_device = {name: view.to(device, non_blocking=True) for name, view in batch.items()}
-            writer.put(indices, number, _ids(engine, target, recipe.seed, on_device))
-        done += batch_size
-        now = time.monotonic()
-        if now - last > REPORT_SECONDS:
-            last = now
-            report(f"{min(done, total):,} of {total:,} views, {done / (now - started):,.0f} a second")
+    losses = Losses(output, recipe.data.max_broken)
+    try:
+        for read in _read(recipe, source, model, requests):
+            if read.batch is not None:
+                on_device = {name: view.to(device, non_blocking=True) for name, view in read.batch.items()}
+                writer.put(read.indices, read.number, _ids(engine, target, recipe.seed, on_device))
+            losses.add(read)
+            done += len(read.indices) + len(read.broken)
+            now = time.monotonic()
+            if now - last > REPORT_SECONDS:
+                last = now
+                report(f"{done:,} of {total:,} views, {done / (now - started):,.0f} a second")
+    except BaseException:
+        writer.mark()
+        raise
+    if losses.images:
+        report(f"{losses}; the same command asks for them again")
     return writer.finish()
+
+
+@dataclass
+class ReadViews:
+    """One fixed view of some samples: those that could be used, with their indices, and those that could not."""
+
+    number: int
+    indices: list[int]
+    batch: dict[str, Tensor] | None
+    broken: list[Broken]
+    error: DataError | None = None
+
+
+class Losses:
+    """Images without ids, listed in the folder of them; too many are an error."""
+
+    def __init__(self, folder: Path, allowed: float) -> None:
+        self.file, self.allowed = folder / BROKEN_IMAGES, allowed
+        self.images: dict[int, Broken] = {}
+        self.num_broken = self.num_read = 0
+        self.file.unlink(missing_ok=True)  # whatever is missing is asked for again
+
+    def add(self, read: ReadViews) -> None:
+        """
+        Raises:
+            DataError: above `data.max_broken`, or if the reader gave up.
+        """
+        self.num_read += len(read.indices) + len(read.broken)
+        self.num_broken += len(read.broken)
+        new = {each.index: each for each in read.broken if each.index not in self.images}
+        self.images |= new
+        if new:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(each)) + "\n" for each in new.values())
+        if read.error is not None:
+            raise read.error
+        within = len(self.images) <= TOLERATED_BROKEN or self.num_broken <= self.allowed * self.num_read
+        if read.broken and not within:
+            raise DataError(
+                f"{self}, more than data.max_broken={self.allowed:g} allows. What was computed is kept: bring the "
+                "images back or raise data.max_broken, and call mim tokenize again"
+            )
+
+    def __str__(self) -> str:
+        causes = told_causes(Counter(each.cause for each in self.images.values()))
+        return f"{len(self.images)} images could not be read ({causes}), listed in {self.file}"
 
 
 @torch.no_grad()
@@ -103,24 +162,30 @@ def _target_of_ids(recipe: Recipe, model: Model) -> Target:
 
 
 class _Reader:
-    """Reads one fixed view of some samples per call, in a worker; broken ones are left out."""
+    """Reads one fixed view of some samples per call, in a worker."""
 
     def __init__(self, reader: TrainingReader) -> None:
         self.reader = reader
 
-    def __getitem__(self, request: tuple[int, list[int]]) -> tuple[Any, list[int], dict[str, Tensor] | None]:
+    def __getitem__(self, request: tuple[int, list[int]]) -> ReadViews:
         number, indices = request
-        read, samples = [], []
-        for index, sample in zip(indices, read_each(self.reader.source, indices), strict=True):
-            try:
-                samples.append(self.reader.fixed_view(sample, index, number))
-                read.append(index)
-            except BrokenImage:
-                continue
-        return request, read, self.reader.collate(samples) if samples else None
+        read = ReadViews(number, [], None, [])
+        samples = []
+        try:
+            for index, sample in zip(indices, read_each(self.reader.source, indices), strict=True):
+                try:
+                    samples.append(self.reader.fixed_view(sample, index, number))
+                    read.indices.append(index)
+                except BrokenImage as error:
+                    place = number * len(self.reader.source) + index
+                    read.broken.append(Broken(place, index, error.name, error.cause, error.detail))
+        except DataError as error:  # raised in a worker, its text would be one of a traceback
+            read.error = error
+        read.batch = self.reader.collate(samples) if samples else None
+        return read
 
 
-def _read(recipe: Recipe, source: Source, model: Model, requests: list[tuple[int, list[int]]]) -> Iterator[Any]:
+def _read(recipe: Recipe, source: Source, model: Model, requests: list[tuple[int, list[int]]]) -> Iterator[ReadViews]:
     reader = TrainingReader(source, model.views, recipe.seed, recipe.data.views_per_image)
     return prefetch(
         _Reader(reader),

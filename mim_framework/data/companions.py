@@ -1,20 +1,27 @@
 """What travels beside the views of a sample, such as token ids that `mim tokenize` has stored. Start at `Companion`.
 
-A folder of token ids holds `ids.npy` (images, views of each, N), read by memory map, and `tokens.json`, which says what
-they are the ids of. A run refuses a folder of other images, other views or another seed.
+A folder of token ids holds `ids.npy` (images, views of each, N), read by memory map, `tokens.json`, which says what
+they are the ids of, and `broken_images.jsonl` where images could not be read. A run refuses a folder of other images,
+other views or another seed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from mim_framework.base import rng
@@ -27,7 +34,10 @@ from mim_framework.contract.specs import ViewSpec
 from mim_framework.contract.world import World
 
 IDS, FACTS, UNFINISHED = "ids.npy", "tokens.json", "unfinished.json"
-FORMAT = 1
+ASIDE, DONE, BROKEN_IMAGES = "ids.unfinished.npy", "done.npy", "broken_images.jsonl"
+MARK_SECONDS = 5.0
+"""Seconds between two marks of what is whole: so much of the work is done again after a kill."""
+FORMAT: Literal[1] = 1
 VIEW_OF_IDS = "token_ids"
 
 
@@ -62,18 +72,22 @@ def example_of(spec: ViewSpec, batch_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """Of what the ids are: `views_of` holds the parts of the recipe that decide the pixels, by key."""
+    """Of what the ids are: `views_of` holds the parts of the recipe that decide the pixels, by key.
 
-    num_images: int
-    views_per_image: int
-    grid: tuple[int, ...]
-    num_classes: int
+    `missing` counts rows, one for every fixed view of an image, whose image could not be read.
+    """
+
+    num_images: Annotated[int, Field(gt=0, lt=2**40)]
+    views_per_image: Annotated[int, Field(gt=0, lt=2**20)]
+    grid: Annotated[tuple[Annotated[int, Field(gt=0, lt=2**20)], ...], Field(max_length=3)]
+    num_classes: Annotated[int, Field(gt=0, lt=2**32)]
     seed: int
     views_of: dict[str, Any]
     tokenizer: str
     precision: str
-    format: int = FORMAT
+    format: Literal[1] = FORMAT
     sha256: str = ""
+    missing: Annotated[int, Field(ge=0)] = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -92,48 +106,139 @@ class TokenFacts:
 class TokenWriter:
     """Writes a folder of ids; it counts as whole only after `finish`. What an interrupted writer left is kept.
 
+    Rows are written to a file aside, together with a mark for every row that is whole on the disk. A folder that was
+    finished with rows missing is taken up again, and stands as it was until the next `finish`.
+
     Raises:
         DataError: if the folder cannot be written, or holds ids of something else.
     """
 
     def __init__(self, folder: Path, facts: TokenFacts) -> None:
         self.folder, self.facts = folder, facts
-        if (folder / FACTS).exists() or ((folder / IDS).exists() and not self._unfinished()):
-            raise DataError(f"{folder} holds token ids already; name another folder, or delete it")
-        mode = "r+" if self._unfinished() else "w+"
+        self._pending: list[tuple[list[int], int]] = []
+        self._marked_at = time.monotonic()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._ids = np.lib.format.open_memmap(folder / IDS, mode=mode, dtype=facts.dtype, shape=facts.shape)
-            if mode == "w+":
-                self._ids[:] = facts.unread
-                self._ids.flush()
-                replace_file(folder / UNFINISHED, _text(facts))
+            if not self._unfinished():
+                self._begin()
+            elif not (folder / ASIDE).exists():  # killed while it was finished
+                os.replace(folder / IDS, folder / ASIDE)
+            self._ids = _mapped(folder / ASIDE, facts.shape, facts.dtype)
+            self._done = _mapped(folder / DONE, facts.shape[:2], np.dtype(bool))
         except OSError as error:
             raise DataError(f"cannot write to {folder}: {error.strerror}") from error
+        except ValueError as error:
+            raise DataError(f"{folder} is damaged: {error}; delete it and run mim tokenize again") from error
 
     def _unfinished(self) -> bool:
         """Whether the folder was begun with the same facts."""
         file = self.folder / UNFINISHED
         return file.is_file() and file.read_bytes() == _text(self.facts)
 
+    def _begin(self) -> None:
+        """Make the files of a new folder, or of a finished one that lacks rows; UNFINISHED comes last."""
+        folder, facts = self.folder, self.facts
+        finished = (folder / FACTS).exists()
+        if (finished and not self._lacks_rows()) or (not finished and ((folder / IDS).exists() or self._begun())):
+            raise DataError(f"{folder} holds token ids already; name another folder, or delete it")
+        folder.mkdir(parents=True, exist_ok=True)
+        if finished:
+            shutil.copyfile(folder / IDS, folder / ASIDE)
+        else:
+            _write_filled(folder / ASIDE, facts.shape, facts.dtype, facts.unread)
+        _write_filled(folder / DONE, facts.shape[:2], np.dtype(bool), False)
+        if finished:
+            ids, done = _mapped(folder / ASIDE, facts.shape, facts.dtype), _mapped(folder / DONE, facts.shape[:2], bool)
+            for rows in _chunks(len(done)):
+                done[rows] = (ids[rows] < facts.num_classes).all(-1)
+            done.flush()
+        replace_file(folder / UNFINISHED, _text(facts))
+
+    def _begun(self) -> bool:
+        return (self.folder / UNFINISHED).exists()
+
+    def _lacks_rows(self) -> bool:
+        """Whether a finished folder is of the same facts, undamaged, and without ids of some images."""
+        cache = TokenCache(self.folder)
+        if cache.facts.missing == 0 or replace(cache.facts, sha256="", missing=0) != self.facts:
+            return False
+        cache.verify()
+        return True
+
     def missing(self, batch_size: int) -> list[tuple[int, list[int]]]:
-        """(number of the fixed view, indices of samples) of all that is not written yet, in batches."""
+        """(number of the fixed view, indices of samples) of all that is not whole yet, in batches."""
+        whole = self._whole()
         batches = []
         for view in range(self.facts.views_per_image):
-            indices = np.flatnonzero(self._ids[:, view, 0] == self.facts.unread).tolist()
+            indices = np.flatnonzero(~whole[:, view]).tolist()
             batches += [(view, indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
         return batches
 
     def put(self, indices: list[int], view: int, ids: Tensor) -> None:
         """ids (B, N) of one fixed view of the samples."""
         self._ids[indices, view] = ids.cpu().numpy().astype(self.facts.dtype)
+        self._pending.append((indices, view))
+        if time.monotonic() - self._marked_at > MARK_SECONDS:
+            self.mark()
+
+    def mark(self) -> None:
+        """Mark what was put as whole, once it is on the disk."""
+        self._ids.flush()
+        for indices, view in self._pending:
+            self._done[indices, view] = True
+        self._done.flush()
+        self._pending, self._marked_at = [], time.monotonic()
 
     def finish(self) -> TokenFacts:
+        """Give the folder its final form; rows that were not put are marked as unread."""
+        self.mark()
+        whole = self._whole()
+        for rows in _chunks(len(whole)):
+            for index, view in np.argwhere(~whole[rows]):
+                self._ids[rows.start + index, view] = self.facts.unread
         self._ids.flush()
-        facts = replace(self.facts, sha256=_sha256(self.folder / IDS))
+        missing = int((~whole).sum())
+        facts = replace(self.facts, sha256=_sha256(self.folder / ASIDE), missing=missing)
+        (self.folder / FACTS).unlink(missing_ok=True)
+        os.replace(self.folder / ASIDE, self.folder / IDS)
         replace_file(self.folder / FACTS, _text(facts))
         (self.folder / UNFINISHED).unlink(missing_ok=True)
+        (self.folder / DONE).unlink(missing_ok=True)
         return facts
+
+    def _whole(self) -> NDArray[np.bool_]:
+        """(images, views): marked as whole, and without an id that is none."""
+        whole = np.array(self._done)
+        for rows in _chunks(len(whole)):
+            whole[rows] &= (self._ids[rows] < self.facts.num_classes).all(-1)
+        return whole
+
+
+def _chunks(length: int, size: int = 4096) -> Iterator[slice]:
+    """Stretches of so many rows, since a comparison of all ids at once could fill the memory."""
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _write_filled(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], value: int) -> None:
+    """A file of `np.save` with one value everywhere: written, not mapped, so that a full disk is an error."""
+    with path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows in _chunks(shape[0]):
+            file.write(np.full((rows.stop - rows.start, *shape[1:]), value, dtype).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap[Any, Any]:
+    """
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    array = np.lib.format.open_memmap(path, mode="r+")
+    if (array.shape, array.dtype) != (shape, np.dtype(dtype)):
+        raise ValueError(f"{path.name} holds {array.shape} {array.dtype}, not {shape} {np.dtype(dtype)}")
+    return array
 
 
 class TokenCache:
@@ -146,16 +251,20 @@ class TokenCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            stored = json.loads((folder / FACTS).read_text())
-            self.facts = TokenFacts(**{**stored, "grid": tuple(stored["grid"])})
+            self.facts = TypeAdapter(TokenFacts).validate_json((folder / FACTS).read_bytes(), strict=True)
             self._ids = np.load(folder / IDS, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError as error:
             raise DataError(
                 f"data.tokens {folder} is no whole folder of token ids; make one: mim tokenize RECIPE --output {folder}"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"data.tokens {folder} cannot be read: {error}") from error
-        found = (self._ids.shape, self._ids.dtype)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            text = f"{FACTS} is damaged: {where + ': ' if where else ''}{first['msg']}"
+            raise DataError(f"data.tokens {folder}: {text}; run mim tokenize again") from error
+        except Exception as error:  # numpy raises many kinds for a file that is none of its own
+            raise DataError(f"data.tokens {folder} cannot be read: {type(error).__name__}: {error}") from error
+        found = (getattr(self._ids, "shape", None), getattr(self._ids, "dtype", None))
         if found != (self.facts.shape, self.facts.dtype):
             raise DataError(f"data.tokens {folder}: ids of {found[0]} {found[1]}, {FACTS} says {self.facts.shape}")
         grid, num_classes = Grid(self.facts.grid), self.facts.num_classes
@@ -210,11 +319,18 @@ class TokenCache:
 
         Raises:
             BrokenImage: if the image could not be read when the ids were made.
+            DataError: if an id is none of the vocabulary.
         """
         row = self._ids[index, view].astype(np.int64)
-        if row[0] == self.facts.unread:
-            text = f"no token ids in {self.folder}, where it could not be read"
+        if (row == self.facts.unread).all():
+            text = f"no token ids in {self.folder}, where it could not be read; mim tokenize asks for it again"
             raise BrokenImage(sample.name, "unreadable", text)
+        if row.max() >= self.facts.num_classes:
+            where = f"{self.folder / IDS}: id {row.max()} of '{sample.name}' (image {index}, view {view})"
+            raise DataError(
+                f"data.tokens {where} is none of the {self.facts.num_classes:,} of its tokenizer; the file is damaged, "
+                "delete it and run mim tokenize again"
+            )
         return torch.from_numpy(row)
 
 

@@ -332,6 +332,114 @@ def test_images_that_cannot_be_read_have_no_ids_and_are_replaced(tmp_path: Path,
     assert losses_of(train(stored, REGISTRY)) == online
 
 
+def folder_of(tmp_path: Path, number: int, broken: set[int]) -> tuple[Path, str]:
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for each in range(number):
+        Image.fromarray(np.full((20, 20, 3), 3 * each, np.uint8)).save(images / f"{each:02d}.png")
+        if each in broken:
+            (images / f"{each:02d}.png").rename(images / f"{each:02d}.kept")
+            (images / f"{each:02d}.png").write_bytes(b"no image")
+    return images, f"data.source={{type: folder, root: '{images}'}}"
+
+
+def bring_back(images: Path) -> None:
+    for each in images.glob("*.kept"):
+        each.rename(each.with_suffix(".png"))
+
+
+@pytest.mark.parametrize("broken", [{3}, {0, 5}])
+def test_images_without_ids_are_listed_and_a_second_call_fills_them(tmp_path: Path, stage_one: Path, broken: set[int]):
+    images, source = folder_of(tmp_path, 8, broken)
+    recipe = short(tmp_path, stage_one, source, "train.total_batch_size=6")
+    told: list[str] = []
+    facts = tokenize(recipe, REGISTRY, tmp_path / "ids", report=told.append)
+    assert facts.missing == 2 * len(broken)
+    assert f"{len(broken)} images could not be read ({len(broken)} not_an_image), listed in" in told[-1]
+    listed = [json.loads(line) for line in (tmp_path / "ids" / "broken_images.jsonl").read_text().splitlines()]
+    assert {line["index"] for line in listed} == broken
+    bring_back(images)
+    whole = tokenize(recipe, REGISTRY, tmp_path / "ids")
+    assert whole.missing == 0
+    assert whole.sha256 == tokenize(recipe, REGISTRY, tmp_path / "again").sha256
+    assert sorted(each.name for each in (tmp_path / "ids").iterdir()) == ["ids.npy", "tokens.json"]
+    with pytest.raises(DataError, match="holds token ids already"):
+        tokenize(recipe, REGISTRY, tmp_path / "ids")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2])
+def test_too_many_images_without_ids_stop_the_call_and_keep_what_is_done(tmp_path: Path, stage_one: Path, share: float):
+    images, source = folder_of(tmp_path, 24, set(range(5, 20)))
+    recipe = short(
+        tmp_path, stage_one, source, "train.batch_size=1", "train.total_batch_size=1", f"data.max_broken={share}"
+    )
+    with pytest.raises(DataError, match=rf"11 images could not be read .* more than data.max_broken={share} allows"):
+        tokenize(recipe, REGISTRY, tmp_path / "ids")
+    assert not (tmp_path / "ids" / "tokens.json").exists()
+    assert np.load(tmp_path / "ids" / "done.npy").sum() == 5
+    bring_back(images)
+    assert tokenize(recipe, REGISTRY, tmp_path / "ids").missing == 0
+
+
+@pytest.mark.parametrize("torn", [slice(1, None), slice(0, 3)])
+def test_a_torn_row_never_counts_as_done(tmp_path: Path, stage_one: Path, monkeypatch: pytest.MonkeyPatch, torn: slice):
+    """A row of which only a part reached the disk, whether its mark did or not."""
+    import mim_framework.commands.tokenize as module
+
+    _, source = folder_of(tmp_path, 8, set())
+    recipe = short(tmp_path, stage_one, source, "train.batch_size=2", "train.total_batch_size=2")
+    compute, calls = module._ids, iter(range(100))
+
+    def killed(*arguments: Any) -> Any:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return compute(*arguments)
+
+    monkeypatch.setattr(module, "_ids", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(recipe, REGISTRY, tmp_path / "ids")
+    monkeypatch.setattr(module, "_ids", compute)
+    ids = np.load(tmp_path / "ids" / "ids.unfinished.npy", mmap_mode="r+")
+    ids[1, 0, torn] = np.iinfo(ids.dtype).max
+    ids[6, 1, torn] = 1  # never marked
+    ids.flush()
+    facts = tokenize(recipe, REGISTRY, tmp_path / "ids")
+    assert facts.sha256 == tokenize(recipe, REGISTRY, tmp_path / "whole").sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": [4, "x"]}, r"tokens.json is damaged: grid.1: Input should be a valid integer"),
+        ({"num_images": -4}, r"tokens.json is damaged: num_images: Input should be greater than 0"),
+        ({"num_classes": 2**70}, r"tokens.json is damaged: num_classes: Input should be less than 4294967296"),
+        ({"views_of": [1]}, r"tokens.json is damaged: views_of: Input should be an object"),
+        (b"[" * 100_000, r"tokens.json is damaged: Invalid JSON"),
+        (b"\xff\xfe", r"tokens.json is damaged: Invalid JSON"),
+    ],
+)  # fmt: skip
+def test_a_damaged_description_is_an_error_in_words(tmp_path: Path, tokens: Path, change: Any, message: str):
+    copy = shutil.copytree(tokens, tmp_path / "ids")
+    facts = json.loads((copy / "tokens.json").read_text())
+    (copy / "tokens.json").write_bytes(change if isinstance(change, bytes) else json.dumps(facts | change).encode())
+    with pytest.raises(DataError, match=message):
+        TokenCache(copy)
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, 8), (15, 60_000)])
+def test_an_id_out_of_the_vocabulary_is_refused_when_it_is_read(tmp_path: Path, tokens: Path, place: int, value: int):
+    copy = shutil.copytree(tokens, tmp_path / "ids")
+    ids = np.load(copy / "ids.npy", mmap_mode="r+")
+    ids[4, 1, place] = value
+    ids.flush()
+    cache = TokenCache(copy)
+    with pytest.raises(DataError, match=rf"ids.npy: id {value} of 'a' \(image 4, view 1\) is none of the 8"):
+        cache(Sample(None, "a"), 4, 1)
+    assert cache(Sample(None, "a"), 4, 0).shape == (16,)
+
+
 def test_knn_of_a_second_stage_needs_neither_tokenizer_nor_stored_ids(tmp_path: Path, stage_one: Path, tokens: Path):
     moved = shutil.copytree(stage_one, tmp_path / "one")
     ids = shutil.copytree(tokens, tmp_path / "ids")
