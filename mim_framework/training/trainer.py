@@ -286,7 +286,7 @@ class Trainer:
         """
         self.objective.zero_grad(set_to_none=True)
         if index:
-            self.checkpoints.save(index, self._numbers(), rising=self.watch.rising)
+            self.checkpoints.save(index, self._numbers(before_step=True), rising=self.watch.rising)
         self.log.note(f"stopped by signal after step {index}; the same command goes on from here")
         self.stop.leave()
 
@@ -295,7 +295,7 @@ class Trainer:
         self.objective.zero_grad(set_to_none=True)
         if index and self.run.world.size == 1 and self.untouched.yet:
             with suppress(Exception):  # what stopped the step may stop this too
-                self.checkpoints.save(index, self._numbers(), rising=self.watch.rising)
+                self.checkpoints.save(index, self._numbers(before_step=True), rising=self.watch.rising)
                 return f"The same command goes on from step {index}, which was saved"
         return "The same command goes on from the last checkpoint"
 
