@@ -73,10 +73,10 @@ def _while_alive(answers: Iterator[Any], processes: list[BaseProcess]) -> Iterat
     except (RuntimeError, OSError, EOFError) as error:  # which of them depends on where the death is noticed
         if "Caught " in str(error):  # raised in a worker, and brought here by torch
             raise
-        sentinels = [process.sentinel for process in processes]
-        if sentinels:
-            wait(sentinels, timeout=DYING_SECONDS)
-        dead = [process for process in processes if process.exitcode is not None]
+        ending = set(wait([process.sentinel for process in processes], timeout=DYING_SECONDS) if processes else ())
+        dead = [process for process in processes if process.sentinel in ending]
+        for process in dead:
+            process.join()  # its sentinel is ready a moment before its exit code
         if not dead and not isinstance(error, ConnectionError | EOFError):
             raise
         text = _how_it_died(dead[0] if dead else None, len(processes))
