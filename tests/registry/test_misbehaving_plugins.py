@@ -266,7 +266,7 @@ def test_no_thread_is_left_behind_that_a_fork_would_find(install_plugin, monkeyp
 def test_a_stop_while_a_plugin_hangs_ends_the_command(mim, install_plugin):
     install_plugin("bad", "raise KeyboardInterrupt\n" + BAD)
     stopped = mim("check", "bad.yaml")
-    assert (stopped.exit_code, stopped.stderr.strip()) == (1, "Aborted!")
+    assert (stopped.exit_code, stopped.stderr.strip()) == (130, "mim: interrupted")
 
 
 # --- global random generators ----------------------------------------------------------------------------------------
