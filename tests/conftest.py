@@ -16,12 +16,15 @@ torch.set_num_threads(1)  # so that tests can fork ranks: OpenMP threads do not 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--figures", metavar="FILE", help="write what the fault tests measured to a JSON file")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow") and not config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+        if item.get_closest_marker("fault") and "fault" not in (config.getoption("-m") or ""):
+            item.add_marker(pytest.mark.skip(reason="a fault test; run with -m fault"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 

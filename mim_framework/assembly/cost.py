@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from dataclasses import dataclass
 
@@ -14,6 +16,11 @@ from mim_framework.base.errors import RecipeError
 from mim_framework.base.precision import uses_bfloat16
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
+
+MAX_MODULES = 4_000
+"""Several times the largest published model; a step of more is not counted in seconds."""
+BYTES_PER_VALUE = 40
+"""What drawing a made-up view needs at its peak: random bits in int64, several times."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,55 @@ def measure_cost(recipe: Recipe, registry: Registry) -> Cost:
     try:
         with torch.device("meta"):
             model = build_model(recipe, registry, with_weights=False)
+        refuse_too_large(model)
         return _count(recipe, model, torch.device("meta"))
     except RecipeError as error:
         if not isinstance(error.__cause__, RuntimeError):  # torch's answer to what needs values
             raise
         return _count(recipe, build_model(recipe, registry, with_weights=False), torch.device("cpu"))
+
+
+def refuse_too_large_recipe(recipe: Recipe, registry: Registry) -> None:
+    """Build on the meta device and look at the size, where the components can be built there.
+
+    Raises:
+        RecipeError: as of `refuse_too_large`, or if the recipe's parts do not fit.
+    """
+    try:
+        with torch.device("meta"):
+            model = build_model(recipe, registry, with_weights=False)
+    except RecipeError as error:
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
+    else:
+        refuse_too_large(model)
+
+
+def refuse_too_large(model: Model) -> None:
+    """Every rank holds the whole weights before they are sharded, so that they must fit into its machine.
+
+    Raises:
+        RecipeError: naming the memory that the weights would need, the tokens or the modules.
+    """
+    objective, recipe = model.objective, model.recipe
+    weights = 4 * sum(each.numel() for part in (objective, model.teachers) for each in part.parameters())
+    weights += 4 * sum(each.numel() for part in (objective, model.teachers) for each in part.buffers())
+    views = BYTES_PER_VALUE * 2 * sum(math.prod(spec.shape) for spec in model.specs.views.values())
+    there = machine_memory()
+    for what, needed in (("this model's weights", weights), ("a batch of two made-up images", views)):
+        if there is not None and needed > there:
+            sizes = f"{needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f} GiB"
+            raise RecipeError(f"{recipe.location('')}: {what} would need {sizes}; is there a digit too many?")
+    if (num_modules := sum(1 for _ in objective.modules())) > MAX_MODULES:
+        raise RecipeError(f"{recipe.location('')}: {num_modules:,} modules, at most {MAX_MODULES:,} are allowed")
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory of this machine; None where that is not known."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
 
 
 def _count(recipe: Recipe, model: Model, device: torch.device) -> Cost:
@@ -55,7 +106,8 @@ def _count(recipe: Recipe, model: Model, device: torch.device) -> Cost:
     engine = model.engine(device, bfloat16=device.type == "cpu" and uses_bfloat16(recipe.train.precision, device))
     step = engine.step(seed=recipe.seed, positions=positions, phase=recipe.phase_names()[0])
     with failures_as_recipe_errors(recipe), FlopCounterMode(display=False) as counter:
-        batch = {name: tensor.to(device) for name, tensor in model.example(batch_size).items()}
+        with device:
+            batch = model.example(batch_size)
         loss = sum(engine.forward(step, batch).losses.values())
         forward = counter.get_total_flops()
         loss.backward()

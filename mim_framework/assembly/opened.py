@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from mim_framework.assembly.builder import Builder, Model, build_model, build_source
 from mim_framework.assembly.weights import load_into, load_tensors, named_part, some
 from mim_framework.base.errors import CheckpointError, MimError, RecipeError
+from mim_framework.base.text import plain_logger
 from mim_framework.checkpoints.checkpoint import Checkpoint, find_latest, load
 from mim_framework.contract.components import Encoder, Source, ViewBuilder
 from mim_framework.recipe.draft import load_written
@@ -18,7 +18,7 @@ from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import choose_device
 
-logger = logging.getLogger(__name__)
+logger = plain_logger(__name__)
 
 
 @dataclass

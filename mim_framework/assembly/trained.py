@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mim_framework.base.errors import CheckpointError
+from pydantic import BaseModel
+
+from mim_framework.base.errors import CheckpointError, RecipeError
 from mim_framework.base.section import Choice
+from mim_framework.base.validation import describe, validate
 from mim_framework.recipe.draft import load_written
 from mim_framework.recipe.yaml import read_yaml
 from mim_framework.registry.registry import Registry
@@ -24,6 +27,24 @@ class TrainedEncoder:
     std: tuple[float, ...] | None = None
 
 
+class _Slots(BaseModel):
+    """What is read of the slots that `mim import` wrote."""
+
+    encoder: Choice
+    views: Choice
+
+
+def _imported_slots(file: Path) -> tuple[Choice, Choice]:
+    try:
+        data = read_yaml(file.read_bytes(), str(file)).data
+    except (OSError, RecipeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; mim import makes it anew") from error
+    slots, problems = validate(_Slots, data)
+    if slots is None:
+        raise CheckpointError(f"{file} is damaged: {describe(problems)}; mim import makes it anew")
+    return slots.encoder, slots.views
+
+
 def trained_encoder(path: Path, registry: Registry) -> TrainedEncoder:
     """What stands in a run directory, in one of its checkpoints, or in a folder or file of `mim import`.
 
@@ -34,8 +55,7 @@ def trained_encoder(path: Path, registry: Registry) -> TrainedEncoder:
     recipes = [each / "recipe.yaml" for each in (folder, folder.parent.parent)]
     run = next((each for each in recipes if each.is_file()), None)
     if (folder / IMPORTED_SLOTS).is_file():
-        slots = read_yaml((folder / IMPORTED_SLOTS).read_bytes(), str(folder / IMPORTED_SLOTS)).data
-        encoder, views = (Choice.model_validate(slots[slot]) for slot in ("encoder", "views"))
+        encoder, views = _imported_slots(folder / IMPORTED_SLOTS)
     elif run is not None and path.exists():
         recipe = load_written(run, registry)
         encoder, views = recipe.encoder, recipe.views

@@ -48,6 +48,8 @@ _BOUNDS = {
     "string_pattern_mismatch": ("pattern", "match {}"),
 }
 _LONGEST_VALUE = 60
+_MOST_EXPLAINED = 200
+"""So many problems of one section are explained; the others are only counted, as an explanation takes time."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,17 @@ class Problem:
 
 def key(path: KeyPath) -> str:
     """('heads', 'main', 'weight') -> 'heads.main.weight'."""
-    return ".".join(str(part) for part in path)
+    return ".".join(shortened(str(part)) for part in path)
 
 
 def show(value: Any) -> str:
     """A value as it stands in a recipe, shortened."""
     text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
+    return shortened(text)
+
+
+def shortened(text: str) -> str:
+    """A text that may be of any length, for a message."""
     return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "…"
 
 
@@ -153,7 +160,10 @@ def _problems(model: type[BaseModel], data: Any, error: ValidationError) -> list
     """One problem per place. Of a union, the branch that the value comes nearest to is reported."""
     branches: dict[KeyPath, dict[str, list[tuple[KeyPath, Any]]]] = {}
     found: list[Problem] = []
-    for each in error.errors(include_url=False, include_context=True):
+    for number, each in enumerate(error.errors(include_url=False, include_context=True)):
+        if number >= _MOST_EXPLAINED:
+            found.append(Problem(_locate(data, each["loc"], each["type"])[0], each["msg"]))
+            continue
         path, union, branch = _locate(data, each["loc"], each["type"])
         if union is None:
             found.append(Problem(path, _message(model, data, path, each)))

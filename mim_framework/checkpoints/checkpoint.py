@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ from torch import Tensor
 from mim_framework.base.errors import CheckpointError
 from mim_framework.base.files import flush
 from mim_framework.base.section import Section
+from mim_framework.base.text import plain_logger
 
 FORMAT = 1
 """Version of the layout. A reader refuses what it does not know."""
@@ -34,7 +34,7 @@ FORMAT = 1
 _STEP = re.compile(r"step_(\d{8,})")
 _PLAIN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 
-logger = logging.getLogger(__name__)
+logger = plain_logger(__name__)
 
 IMPORTED_WEIGHTS = "weights.safetensors"
 """Name of the weights in a folder of `mim import`."""
@@ -61,7 +61,7 @@ class _File(Section):
 
 class _Manifest(Section):
     format: int
-    step: int
+    step: int = Field(ge=0)
     files: dict[Annotated[str, Field(pattern=_PLAIN_NAME)], _File]
 
 
@@ -189,7 +189,7 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
                 raise CheckpointError(f"{file} is damaged: {size} bytes, {written.bytes} were written")
             if _sha256(file) != written.sha256:
                 raise CheckpointError(f"{file} is damaged: its content is not what was written")
-        return Checkpoint(path, manifest.step, json.loads((path / "state.json").read_bytes()))
+        return Checkpoint(path, manifest.step, _read_state(path / "state.json"))
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
 
@@ -275,6 +275,16 @@ def _read_manifest(path: Path) -> _Manifest:
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError, ValidationError):
         pass  # not JSON, or not a manifest
     raise CheckpointError(f"{path} is damaged: its content is not what was written")
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: it is no JSON ({type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is damaged: it holds a {type(state).__name__}, not the state of a run")
+    return state
 
 
 def _content_hash(content: dict[str, Any]) -> str:

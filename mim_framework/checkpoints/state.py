@@ -118,6 +118,10 @@ def scalars(optimizers: dict[str, Optimizer]) -> dict[str, int | float]:
     return found
 
 
+_LIKE_THE_PARAMETER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"}
+"""Entries of an optimizer's state that have the shape of their parameter; others may be factored."""
+
+
 def restore_scalars(optimizers: dict[str, Optimizer], values: dict[str, int | float]) -> None:
     """Inverse of `scalars`; after `restore`.
 
@@ -125,7 +129,10 @@ def restore_scalars(optimizers: dict[str, Optimizer], values: dict[str, int | fl
         CheckpointError: if they belong to a parameter that the recipe's optimizer does not hold.
     """
     for path, value in values.items():
-        key, name, entry = path.split("|")
+        key, _, rest = path.partition("|")
+        name, _, entry = rest.partition("|")
+        if key not in optimizers:
+            raise CheckpointError(f"state of optimizer '{key}', which the recipe does not have")
         optimizer = optimizers[key]
         places: dict[str, dict[str, Any]] = {
             _group(number): group for number, group in enumerate(optimizer.optimizer.param_groups)
@@ -148,12 +155,15 @@ def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None
     state: dict[int, dict[str, Tensor]] = {}
     number = {name: index for index, name in enumerate(optimizer.parameter_names)}
     for path, tensor in tensors.items():
-        name, key = path.split("|")
+        name, _, key = path.partition("|")
         if name not in number:
             text = f"optimizer state of '{name}', which the recipe's optimizer '{optimizer.name}' does not hold"
             raise CheckpointError(text)
         parameter = optimizer.parameters[number[name]]
         fits = tensor.shape == parameter.shape
+        if key in _LIKE_THE_PARAMETER and tensor.ndim and not fits:
+            sides = f"is {tuple(tensor.shape)}, its parameter {tuple(parameter.shape)}"
+            raise CheckpointError(f"optimizer '{optimizer.name}': '{key}' of '{name}' {sides}")
         state.setdefault(number[name], {})[key] = like(parameter, tensor) if fits and tensor.ndim else tensor
     groups = optimizer.optimizer.state_dict()["param_groups"]
     optimizer.optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -19,6 +19,7 @@ import click
 from mim_framework import __version__
 from mim_framework.base.errors import MimError, PluginError, RecipeError
 from mim_framework.base.paths import local_path
+from mim_framework.base.text import for_people
 from mim_framework.registry.registry import Registry
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ RECIPE = click.argument("recipe")
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 RUN = click.argument("run", type=LocalPath(exists=True, file_okay=False, path_type=Path))
 OUTPUT = click.option("--output", type=LocalPath(path_type=Path), help="Where to write.")
+
+
+def say(text: object, err: bool = False) -> None:
+    """Print a line in which nothing steers the terminal or tells a secret."""
+    click.echo(for_people(str(text)), err=err)
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,12 @@ class ErrorPolicy(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("mim: interrupted", err=True)
+            say("mim: interrupted", err=True)
             _leave_group_behind(INTERRUPTED)
             ctx.exit(INTERRUPTED)
+        except click.ClickException as error:
+            error.message = for_people(error.message)
+            raise
         except MimError as error:
             if ctx.params["debug"]:
                 raise
@@ -87,7 +96,7 @@ class ErrorPolicy(click.Group):
             if error.told_by_another_rank or same_on_the_node:
                 time.sleep(TELLING_SECONDS)
             else:
-                click.echo(f"mim: {error}", err=True)
+                say(f"mim: {error}", err=True)
             _leave_group_behind()
             ctx.exit(1)
 
@@ -177,7 +186,7 @@ def run(
 
     directory = train(checked, settings.registry, fresh=fresh, allow_change=allow_change)
     if os.environ.get("RANK", "0") == "0":
-        click.echo(f"run directory: {directory}")
+        say(f"run directory: {directory}")
 
 
 def _devices(wanted: str) -> int:
@@ -197,7 +206,7 @@ def check(settings: Settings, recipe: str, overrides: tuple[str, ...], world_siz
     checked = settings.recipe(recipe, overrides)
     from mim_framework.commands.check import report
 
-    click.echo(report(checked, settings.registry, world_size=world_size))
+    say(report(checked, settings.registry, world_size=world_size))
 
 
 @main.command()
@@ -217,7 +226,7 @@ def bench(settings: Settings, recipe: str, overrides: tuple[str, ...], data: str
     checked = settings.recipe(recipe, overrides)
     from mim_framework.commands.bench import run_bench
 
-    click.echo(run_bench(checked, settings.registry, data=data, steps=steps))
+    say(run_bench(checked, settings.registry, data=data, steps=steps))
 
 
 @main.command()
@@ -230,9 +239,9 @@ def tokenize(settings: Settings, recipe: str, overrides: tuple[str, ...], output
     checked = settings.recipe(recipe, overrides)
     from mim_framework.commands.tokenize import tokenize as run_tokenize
 
-    facts = run_tokenize(checked, settings.registry, output, report=click.echo)
+    facts = run_tokenize(checked, settings.registry, output, report=say)
     without = f", {facts.missing:,} views without ids" if facts.missing else ""
-    click.echo(f"{facts.num_images:,} images x {facts.views_per_image} views{without}: use data.tokens={output}")
+    say(f"{facts.num_images:,} images x {facts.views_per_image} views{without}: use data.tokens={output}")
 
 
 @main.command()
@@ -245,7 +254,7 @@ def replay(settings: Settings, run: Path, step: int | None, from_start: bool, im
     """Repeat a step of a run and name the first module whose output is not finite."""
     from mim_framework.commands.replay import replay as repeat
 
-    click.echo(repeat(run, step, from_start=from_start, images=images, registry=settings.registry, report=click.echo))
+    say(repeat(run, step, from_start=from_start, images=images, registry=settings.registry, report=say))
 
 
 # --- what is installed -----------------------------------------------------------------------------------------------
@@ -265,7 +274,7 @@ def list_plugins(settings: Settings, load: bool) -> None:
     failures = registry.load_all() if load else {}
     recipes = registry.recipes()
     for info in registry.plugins():
-        click.echo(f"{info.name} {info.version} ({info.distribution})")
+        say(f"{info.name} {info.version} ({info.distribution})")
         names: dict[str, list[str]] = {}
         for component in info.components if info.error else registry.components(info.name):
             names.setdefault(component.kind, []).append(component.name)
@@ -275,9 +284,9 @@ def list_plugins(settings: Settings, load: bool) -> None:
         names["listens to"] = list(info.events)
         for kind, found in names.items():
             if found:
-                click.echo(f"  {kind}: {', '.join(found)}")
+                say(f"  {kind}: {', '.join(found)}")
         if fault := info.error or failures.get(info.name):
-            click.echo(f"  cannot be used: {fault}")
+            say(f"  cannot be used: {fault}")
 
 
 @plugins.command("show")
@@ -290,16 +299,16 @@ def show_plugin(settings: Settings, name: str, load: bool) -> None:
     info = registry.plugin(name)
     if load:
         registry.load(info.name)
-    click.echo(f"{info.name} {info.version}\npackage: {info.distribution}\nmodule: {info.module}")
+    say(f"{info.name} {info.version}\npackage: {info.distribution}\nmodule: {info.module}")
     for component in info.components if info.error else registry.components(info.name):
-        click.echo(f"{component.kind} {component.name}: {component.summary}")
+        say(f"{component.kind} {component.name}: {component.summary}")
     for recipe in registry.recipes():
         if recipe.plugin == info.name:
-            click.echo(f"recipe {recipe.name}: {recipe.summary}")
+            say(f"recipe {recipe.name}: {recipe.summary}")
     for event in info.events:
-        click.echo(f"listens to {event}")
+        say(f"listens to {event}")
     if info.error:
-        click.echo(f"cannot be used: {info.error}")
+        say(f"cannot be used: {info.error}")
 
 
 @plugins.command("new")
@@ -316,9 +325,9 @@ def new_plugin(settings: Settings, name: str, output: Path) -> None:
     from mim_framework.commands import scaffold
 
     folder = scaffold.new_plugin(name, output, settings.registry)
-    click.echo(f"{folder} is a plugin that works; change it. Next:")
+    say(f"{folder} is a plugin that works; change it. Next:")
     for command in scaffold.next_commands(folder):
-        click.echo(f"  {command}")
+        say(f"  {command}")
 
 
 @main.group()
@@ -333,9 +342,9 @@ def list_recipes(settings: Settings) -> None:
     shipped = settings.registry.recipes()
     width = max((len(recipe.name) for recipe in shipped), default=0)
     for recipe in shipped:
-        click.echo(f"{recipe.name:<{width}}  {recipe.plugin}: {recipe.summary}")
+        say(f"{recipe.name:<{width}}  {recipe.plugin}: {recipe.summary}")
     if not shipped:
-        click.echo("no installed plugin ships a recipe", err=True)
+        say("no installed plugin ships a recipe", err=True)
 
 
 @recipes.command("copy")
@@ -352,7 +361,7 @@ def copy_recipe(settings: Settings, name: str, dest: Path) -> None:
         dest.write_bytes(path.read_bytes())
     except OSError as error:
         raise MimError(f"{dest} cannot be written: {error.strerror}") from error
-    click.echo(dest)
+    say(dest)
 
 
 @main.command()
@@ -361,9 +370,9 @@ def schema(settings: Settings) -> None:
     """JSON schema of recipes, with the options of every installed component, for editors."""
     from mim_framework.recipe.schema import recipe_schema
 
-    click.echo(json.dumps(recipe_schema(settings.registry), indent=2))
+    say(json.dumps(recipe_schema(settings.registry), indent=2))
     for error in settings.registry.load_all().values():
-        click.echo(f"left out: {error}", err=True)
+        say(f"left out: {error}", err=True)
 
 
 @main.command()
@@ -374,7 +383,7 @@ def doctor(ctx: click.Context) -> None:
 
     findings = examine(ctx.obj.registry)
     for finding in findings:
-        click.echo(f"{'  ' if finding.ok else '! '}{finding.topic}: {finding.text}")
+        say(f"{'  ' if finding.ok else '! '}{finding.topic}: {finding.text}")
     ctx.exit(0 if all(finding.ok for finding in findings) else 1)
 
 
@@ -397,7 +406,7 @@ def evaluate(settings: Settings, names: str, subjects: tuple[str, ...]) -> None:
         raise click.UsageError("name a SUBJECT, for example a run directory")
     from mim_framework.commands.evaluate import report
 
-    click.echo(report(names.split(","), judged, changes, settings.registry))
+    say(report(names.split(","), judged, changes, settings.registry))
 
 
 @main.command()
@@ -409,7 +418,7 @@ def export(settings: Settings, run: Path, to: str, output: Path | None) -> None:
     """Write a run's weights in another layout."""
     from mim_framework.convert import export_run
 
-    click.echo(export_run(run, to, output, settings.registry))
+    say(export_run(run, to, output, settings.registry))
 
 
 @main.command("import")
@@ -439,7 +448,7 @@ def import_file(
     from mim_framework.recipe.draft import parse_override
 
     options = dict(parse_override(override) for override in overrides)
-    click.echo(
+    say(
         import_checkpoint(
             file, output, settings.registry, layout=layout, options=options, key=key, prefix=prefix,
             allow_nonfinite=allow_nonfinite,
@@ -457,4 +466,4 @@ def reconstruct(settings: Settings, run: Path, images: tuple[Path, ...], output:
     from mim_framework.commands.reconstruct import reconstruct_run
 
     for path in reconstruct_run(run, list(images), output, registry=settings.registry):
-        click.echo(path)
+        say(path)

@@ -12,6 +12,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+MAX_PATCHES = 2**18
+"""Positions of a grid, those of 4096 pixels in patches of 8."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -22,6 +25,16 @@ class Grid:
     """
 
     shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: if no device could attend to so many positions: an image size has a digit too many.
+        """
+        if self.num_patches > MAX_PATCHES:
+            raise ValueError(
+                f"a grid of {self} has {self.num_patches:,} positions, at most {MAX_PATCHES:,} are allowed"
+            )
 
     @property
     def num_patches(self) -> int:

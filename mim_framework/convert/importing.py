@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,23 @@ class ImportReport:
                 yield from (f"{name} {self.missing[name]}" for name in inside)
 
 
+def _foreign_faults(function: Callable[..., ImportReport]) -> Callable[..., ImportReport]:
+    """Whatever the layouts of plugins and torch raise on a file that is not what they expect, as a CheckpointError."""
+
+    @wraps(function)
+    def told(file: Path, *args: Any, **kwargs: Any) -> ImportReport:
+        try:
+            return function(file, *args, **kwargs)
+        except MimError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{file} cannot be imported, it is not what its names promise: {what}") from error
+
+    return told
+
+
+@_foreign_faults
 def import_checkpoint(
     file: Path,
     output: Path | None = None,

@@ -252,6 +252,7 @@ class TokenCache:
         self.folder = folder
         try:
             self.facts = TypeAdapter(TokenFacts).validate_json((folder / FACTS).read_bytes(), strict=True)
+            Grid(self.facts.grid)  # refuses one that is too large
             self._ids = np.load(folder / IDS, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError as error:
             raise DataError(

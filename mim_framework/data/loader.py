@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import time
@@ -21,6 +20,7 @@ from torch import Tensor
 from mim_framework.base.errors import Cause, DataError
 from mim_framework.base.files import SideFile, replace_file
 from mim_framework.base.section import Choice, LocalPath, Section
+from mim_framework.base.text import plain_logger
 from mim_framework.contract.components import Source, ViewBuilder
 from mim_framework.data.companions import Companion
 from mim_framework.data.order import BatchLayout, OrderKind, sample_order
@@ -28,7 +28,7 @@ from mim_framework.data.prefetch import prefetch
 from mim_framework.data.reader import MAX_REPLACEMENTS, Broken, Read, Request, TrainingReader, _EvaluationReader
 from mim_framework.data.stores import REMOTE
 
-logger = logging.getLogger(__name__)
+logger = plain_logger(__name__)
 
 TOLERATED_BROKEN = 10
 """So many broken images are accepted whatever their share, so that a run does not stop at its first batch."""

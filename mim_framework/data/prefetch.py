@@ -114,6 +114,9 @@ def _signals_held_back() -> Iterator[None]:
     The handler by which torch would raise the death of a worker anywhere in the main thread is not kept: the death is
     noticed where the worker's answer is due.
     """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     on_death = signal.getsignal(signal.SIGCHLD)
     try:
@@ -140,9 +143,10 @@ def _outlive_the_signals_to_the_job(worker: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, on_sigterm)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _unchanged(batch: Any) -> Any:

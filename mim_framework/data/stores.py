@@ -22,6 +22,7 @@ from pydantic import Field
 from mim_framework.base.errors import BrokenImage, Cause, DataError, Unreachable
 from mim_framework.base.paths import is_url
 from mim_framework.base.section import Section
+from mim_framework.base.text import masked, unmasked
 
 T = TypeVar("T")
 
@@ -332,6 +333,8 @@ class RemoteStore:
 
 def store_of(root: str, key: str, patience: RemoteSection | None = None) -> LocalStore | RemoteStore:
     """The store at a local path or URL, as `base.paths` leaves them; `key` names the option in messages."""
+    if masked(root):
+        return _without_its_secret(root, key, patience)
     return RemoteStore(root, key, patience) if is_url(root) else LocalStore(root, key)
 
 
@@ -429,6 +432,19 @@ class _Call:
 
 def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _without_its_secret(root: str, key: str, patience: RemoteSection | None) -> RemoteStore:
+    """A folder whose password a run did not write down, with the credentials of the environment.
+
+    Raises:
+        DataError: saying how to give the password again.
+    """
+    try:
+        return RemoteStore(unmasked(root), key, patience)
+    except DataError as error:
+        cure = f"give the whole URL again, {key}=URL, or credentials in the environment"
+        raise DataError(f"{error}. Its password or signature was not written down: {cure}") from error
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

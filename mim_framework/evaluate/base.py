@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from mim_framework.base import rng
 from mim_framework.base.errors import DataError
+from mim_framework.base.text import plain_logger
 from mim_framework.contract.components import Encoder, Source, ViewBuilder
 from mim_framework.contract.evaluation import Evaluation, Features, Pool, Split, check_features
 from mim_framework.contract.mask import Mask
@@ -22,7 +22,7 @@ from mim_framework.contract.specs import EncoderSpec
 from mim_framework.contract.world import World
 from mim_framework.data.loader import evaluation_batches
 
-logger = logging.getLogger(__name__)
+logger = plain_logger(__name__)
 
 MAX_RAW_SIDE = 32
 """Raw pixels are compared at this size at most, as larger images would not fit into memory."""

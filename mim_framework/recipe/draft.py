@@ -5,7 +5,6 @@ Every problem of a recipe is found in one go and reported with its file, line an
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,30 @@ from typing import Any
 from mim_framework.base.errors import PluginError, RecipeError
 from mim_framework.base.paths import local_path
 from mim_framework.base.section import Choice
-from mim_framework.base.validation import KeyPath, Problem, annotations_at, fields_at, is_choice, key, show, validate
+from mim_framework.base.sizes import oversized
+from mim_framework.base.text import plain_logger
+from mim_framework.base.validation import (
+    KeyPath,
+    Problem,
+    annotations_at,
+    fields_at,
+    is_choice,
+    key,
+    shortened,
+    show,
+    validate,
+)
 from mim_framework.contract.hooks import HOOK_OF_KIND
 from mim_framework.recipe.evaluations import from_mapping, in_one_line, type_of
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.recipe.rules import inconsistencies
-from mim_framework.recipe.yaml import read_yaml
+from mim_framework.recipe.yaml import MAX_DEPTH, read_yaml
 from mim_framework.registry.registry import Registry, UnknownName
 
-logger = logging.getLogger(__name__)
+logger = plain_logger(__name__)
+
+MOST_SHOWN = 20
+"""Of more problems the first are shown, in the order of the file."""
 
 
 def load_recipe(
@@ -76,7 +90,7 @@ def with_evaluations(recipe: Recipe, names: Iterable[str], changes: Iterable[str
         first = change.partition("=")[0].partition(".")[0]
         if first != "data" and first not in [entry["type"] for entry in data["evaluate"]]:
             text = "changes none of the evaluations; write NAME.KEY=VALUE for an option of one, or data.KEY=VALUE"
-            draft.problems.append((f"override '{change}'", Problem((), text)))
+            draft.problems.append((f"override '{shortened(change)}'", Problem((), text)))
         else:
             draft.override(change if first == "data" else f"evaluate.{change}")
     return draft.finish(complete=True)
@@ -100,6 +114,8 @@ def parse_override(text: str) -> tuple[str, Any]:
         RecipeError: if it is not of that form.
     """
     where, equals, value = text.partition("=")
+    if where.count(".") >= MAX_DEPTH:
+        raise RecipeError(f"names a key deeper than {MAX_DEPTH} levels, which no recipe has")
     if not equals or not all(part.strip() for part in where.split(".")):
         raise RecipeError("write it as KEY=VALUE, for example optim.lr=1e-3")
     try:
@@ -119,6 +135,7 @@ class Draft:
         self.file, self.data, self.registry = file, data, registry
         self.places: dict[KeyPath, Place] = places
         self.problems: list[tuple[Place, Problem]] = []
+        self._overridden: dict[KeyPath, str] = {}
 
     def place(self, path: KeyPath) -> Place:
         while path not in self.places:
@@ -128,14 +145,14 @@ class Draft:
     def report(self, problem: Problem) -> None:
         """Note a problem. Where overrides changed part of what is wrong, it may be theirs: they are named too."""
         path, place = problem.path, self.place(problem.path)
-        inside = [each for at, each in self.places.items() if isinstance(each, str) and at[: len(path)] == path]
+        inside = [each for at, each in self._overridden.items() if at[: len(path)] == path]
         if path in self.places and path and not isinstance(place, str) and inside:
             problem = Problem(path, f"{problem.message} (after {' and '.join(dict.fromkeys(inside))})")
         self.problems.append((place, problem))
 
     def override(self, text: str) -> None:
         """Apply one `a.b=value`."""
-        label = f"override '{text}'"
+        label = f"override '{shortened(text)}'"
         try:
             where, value = parse_override(text)
         except RecipeError as error:
@@ -220,6 +237,7 @@ class Draft:
         Raises:
             RecipeError: with every problem.
         """
+        self._overridden = {at: place for at, place in self.places.items() if isinstance(place, str)}
         former = self.data.get("evaluate")
         if isinstance(former, dict):
             self.data["evaluate"] = from_mapping(former)
@@ -227,7 +245,8 @@ class Draft:
             self.report(Problem(("evaluate",), text))
         across = inconsistencies(self.data)
         recipe, problems = validate(Recipe, self.data)
-        for problem in across + [each for each in problems if not (across and each.path == ())]:
+        problems = [each for each in problems if not (across and each.path == ())]
+        for problem in across + problems + oversized(self.data):
             self.report(problem)
         self.check_components()
         if self.problems or recipe is None:
@@ -271,8 +290,13 @@ class Draft:
         def in_file_order(found: tuple[Place, Problem]) -> tuple[bool, Place]:
             return isinstance(found[0], str), found[0]
 
-        lines = [f"{self.format(place)}: {problem}" for place, problem in sorted(self.problems, key=in_file_order)]
-        return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems in {self.file}", *lines])
+        found = sorted(self.problems, key=in_file_order)
+        lines = [f"{self.format(place)}: {problem}" for place, problem in found[:MOST_SHOWN]]
+        if len(found) == 1:
+            return lines[0]
+        if len(found) > MOST_SHOWN:
+            lines.append(f"and {len(found) - MOST_SHOWN:,} more")
+        return "\n  ".join([f"{len(found):,} problems in {self.file}", *lines])
 
 
 def find_recipe(recipe: str | Path, registry: Registry) -> Path:

@@ -7,12 +7,13 @@ from typing import Any
 
 import yaml
 
+from mim_framework.base.text import without_secrets
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.recipe.yaml import read_scalar
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML; `load_recipe` reads the same recipe from it."""
+    """The recipe as YAML; `load_recipe` reads the same recipe from it, but for secrets in URLs, which are left out."""
     optional = [name for name, field in Recipe.model_fields.items() if field.default is None]
     data = recipe.model_dump(mode="json", exclude={name for name in optional if getattr(recipe, name) is None})
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
@@ -27,6 +28,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     # PyYAML writes Unicode's own line breaks unescaped, where a reader folds them into a space.
+    text = without_secrets(text)
     plain = isinstance(read_scalar(text), str) and not re.search("[\x85\u2028\u2029]", text)
     style = None if plain else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)

@@ -15,9 +15,12 @@ from typing import Any
 import yaml
 
 from mim_framework.base.errors import RecipeError
+from mim_framework.base.validation import shortened, show
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
+MAX_VALUES = 20_000
+"""More keys, entries and values than any recipe has, and few enough to be explained one by one."""
 
 KeyPath = tuple[str | int, ...]
 
@@ -104,6 +107,7 @@ class _Builder:
         self.name = name
         self.events = events
         self.marks: dict[KeyPath, tuple[int, int]] = {}
+        self.num_values = 0
 
     def document(self) -> Document:
         data, documents = None, 0
@@ -118,11 +122,16 @@ class _Builder:
     def value(self, event: yaml.Event, path: KeyPath) -> Any:
         if event.anchor is not None:
             sign = "alias '*" if isinstance(event, yaml.AliasEvent) else "anchor '&"
-            raise self.error(event, f"{sign}{event.anchor}': anchors and aliases are not allowed, write the value out")
+            raise self.error(
+                event, f"{sign}{shortened(event.anchor)}': anchors and aliases are not allowed, write the value out"
+            )
         if event.tag is not None:
-            raise self.error(event, f"tag '{event.tag}': tags are not allowed, a recipe is plain data")
+            raise self.error(event, f"tag '{shortened(event.tag)}': tags are not allowed, a recipe is plain data")
         if len(path) > MAX_DEPTH:
             raise self.error(event, f"nested deeper than {MAX_DEPTH} levels")
+        self.num_values += 1
+        if self.num_values > MAX_VALUES:
+            raise self.error(event, f"more than {MAX_VALUES:,} values, which no recipe needs")
         self.marks.setdefault(path, _place(event))
         if isinstance(event, yaml.ScalarEvent):
             return read_scalar(event.value) if event.implicit[0] else event.value
@@ -146,7 +155,7 @@ class _Builder:
             key = event.value
             if key in found:
                 line, _ = self.marks[(*path, key)]
-                raise self.error(event, f"key '{key}' stands here a second time, first in line {line}")
+                raise self.error(event, f"key {show(key)} stands here a second time, first in line {line}")
             if key == "<<":
                 raise self.error(event, "merge key '<<' is not allowed, write the values out")
             self.marks[(*path, key)] = _place(event)

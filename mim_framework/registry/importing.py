@@ -16,6 +16,7 @@ from typing import Any
 import pluggy
 
 from mim_framework.base.errors import PluginError
+from mim_framework.base.text import for_people
 from mim_framework.contract import hooks
 from mim_framework.registry.installed import BUILTINS, PluginInfo, api_fault, plugin_fault
 
@@ -30,7 +31,7 @@ def told_if_slow(info: PluginInfo) -> Iterator[None]:
     def tell() -> None:
         text = f"plugin '{info.name}' ({info.distribution}) has been importing for {SLOW_IMPORT_SECONDS:g} s"
         cure = f"to go without it, stop with Ctrl-C and set MIM_DISABLE_PLUGINS={info.name}"
-        print(f"mim: {text}; {cure}", file=sys.stderr, flush=True)
+        print(for_people(f"mim: {text}; {cure}"), file=sys.stderr, flush=True)
 
     timer = threading.Timer(SLOW_IMPORT_SECONDS, tell)
     timer.daemon = True

@@ -177,11 +177,13 @@ class Registry:
             PluginError: see `find`.
             RecipeError: naming every wrong option.
         """
+        from mim_framework.base.sizes import oversized
         from mim_framework.base.validation import describe, validate
 
         cls = self.find(kind, choice.type)
         config, problems = validate(cls.Config, choice.options)
-        if config is None:
+        problems += oversized(choice.options)
+        if config is None or problems:
             raise RecipeError(f"{kind} '{choice.type}': {describe(problems)}")
         return cls, config
 

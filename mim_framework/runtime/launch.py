@@ -17,7 +17,9 @@ import torch.distributed as dist
 from mim_framework.base.errors import MimError
 from mim_framework.contract.world import World
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)  # Windows has no SIGUSR1
 """A run that gets one of these finishes its step, saves and leaves with 128 + signal. SIGUSR1 is a scheduler's hint."""
 
 
@@ -159,4 +161,6 @@ def launch(
 def _signals_to_forward() -> str:
     """What the agent passes on to the ranks. A signal that is ignored stays so: SIGHUP under nohup."""
     wanted = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
-    return ",".join(name for name in wanted if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN)
+    return ",".join(
+        name for name in wanted if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN
+    )

@@ -7,7 +7,6 @@ infinity; they are written as the strings "NaN", "Infinity" and "-Infinity", and
 from __future__ import annotations
 
 import json
-import logging
 import math
 import sys
 import time
@@ -25,11 +24,12 @@ from torch import Tensor
 from mim_framework.base.errors import MimError
 from mim_framework.base.files import replace_file
 from mim_framework.base.section import Section
+from mim_framework.base.text import plain_logger
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-logger = logging.getLogger(__name__)
+logger = plain_logger(__name__)
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -151,7 +151,7 @@ def _to_line(values: dict[str, Any]) -> str:
 def _from_line(line: bytes) -> dict[str, Any] | None:
     try:
         values = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(values, dict) or not isinstance(values.get("step"), int):
         return None
@@ -239,9 +239,11 @@ def peak_memory(device: torch.device) -> int | None:
     """Most bytes held at once so far: by tensors on a GPU, by this process on a CPU. None where that is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu" or sys.platform == "win32":
+    if device.type != "cpu":
         return None
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

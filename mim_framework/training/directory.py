@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import platform
 import socket
@@ -20,6 +19,7 @@ import torch
 
 from mim_framework.base.errors import MimError, RecipeError
 from mim_framework.base.files import replace_file
+from mim_framework.base.text import plain_logger, without_secrets
 from mim_framework.checkpoints.checkpoint import list_checkpoints, step_of
 from mim_framework.contract.world import World
 from mim_framework.recipe.draft import load_written
@@ -27,7 +27,7 @@ from mim_framework.recipe.recipe import Recipe
 from mim_framework.recipe.writing import dump_recipe
 from mim_framework.registry.registry import Registry
 
-logger = logging.getLogger(__name__)
+logger = plain_logger(__name__)
 
 EXPLOSIONS = "explosions.json"
 """Name of the record of losses that exploded."""
@@ -192,10 +192,16 @@ def sole_run(recipe: Recipe, world: World) -> Iterator[None]:
             os.close(file)
 
 
-def _lock(recipe: Recipe) -> int:
-    """The descriptor of the locked file. Not `flock`, which the data workers would inherit and hold on to."""
-    import fcntl
+def _lock(recipe: Recipe) -> int | None:
+    """The descriptor of the locked file, None where there are no locks.
 
+    Not `flock`, which the data workers would inherit and hold on to.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        logger.warning(f"this system has no file locks: do not start a second run in {run_directory(recipe)}")
+        return None
     path = run_directory(recipe) / "run.lock"
     with _writing(recipe):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,8 +248,9 @@ def changed_values(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Without the secrets of URLs, which are not written down and so cannot be compared."""
     if not isinstance(value, dict):
-        return {prefix: value}
+        return {prefix: without_secrets(value) if isinstance(value, str) else value}
     return {k: v for key, child in value.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else key).items()}
 
 
@@ -265,5 +272,5 @@ def environment(registry: Registry, world: World) -> dict[str, Any]:
         "devices": gpus or [platform.processor() or "cpu"],
         "world_size": world.size,
         "cpu_count": os.cpu_count(),
-        "arguments": sys.argv,
+        "arguments": [without_secrets(argument) for argument in sys.argv],
     }

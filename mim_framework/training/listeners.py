@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
+from mim_framework.base.text import plain_logger
 from mim_framework.training.run import Run
 
-logger = logging.getLogger(__name__)
+logger = plain_logger(__name__)
 
 
 class Listeners:

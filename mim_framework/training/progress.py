@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from mim_framework.base.text import for_people
+
 if TYPE_CHECKING:
     from mim_framework.runtime.metrics import Throughput
     from mim_framework.training.run import Run
@@ -76,7 +78,7 @@ class Progress:
     def note(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self._active:
-            self._console.print(text)
+            self._console.print(for_people(text))
 
 
 def summary(measured: Mapping[str, float], speed: Mapping[str, float], eta: timedelta | None) -> str:

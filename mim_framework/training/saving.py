@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from mim_framework.base.errors import CheckpointError, DataError
+from mim_framework.base.text import plain_logger
+from mim_framework.base.validation import describe, validate
 from mim_framework.checkpoints import checkpoint, state
 from mim_framework.runtime.optim import Optimizer
 from mim_framework.runtime.sharding import local
 from mim_framework.training.run import Run
 
-logger = logging.getLogger(__name__)
+logger = plain_logger(__name__)
+
+
+class _State(BaseModel):
+    """What every checkpoint's `state.json` holds, and of what type."""
+
+    model_config = ConfigDict(extra="allow")
+
+    num_images: int = Field(ge=0)
+    source: dict[str, str | int | float | bool | None] = {}
+    left_out: list[tuple[int, int]] = []
+    optimizer_scalars: dict[str, int | float | bool]
+    window: dict[str, float] = {}
+    nonfinite_in_a_row: int = Field(0, ge=0)
 
 
 class Saver:
@@ -120,6 +136,9 @@ class Saver:
         """The checkpoint, if the source has the images that it had then, or the recipe accepts that it has not."""
         if found is None:
             return None
+        _, problems = validate(_State, found.state)
+        if problems:
+            raise CheckpointError(f"{found.path}/state.json is no state of a run: {describe(problems)}")
         then = {"num_images": found.state["num_images"], **found.state.get("source", {})}
         if not (changes := source_changes(then, self.identity)):
             return found

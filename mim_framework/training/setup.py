@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mim_framework.assembly.builder import build_model, build_source
+from mim_framework.assembly.cost import refuse_too_large_recipe
 from mim_framework.assembly.length import batch_layout, run_length
 from mim_framework.assembly.preflight import preflight
 from mim_framework.base.errors import DataError
@@ -35,6 +36,7 @@ def set_up(
         raise DataError(f"data.source '{recipe.data.source.type}' has no images")
     layout = batch_layout(recipe, world.rank, world.size)
     run_dir = directory()
+    refuse_too_large_recipe(recipe, registry)
     model = build_model(recipe, registry, source=source).to(device)
     for companion in model.companions:
         companion.check(source, world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,7 +52,13 @@ class StopSignal:
 
     @contextmanager
     def watched(self, world: World) -> Iterator[None]:
-        """Take the signals inside; afterwards they mean what they did before."""
+        """Take the signals inside; afterwards they mean what they did before.
+
+        A thread that is not the main one cannot take signals: what happens to the process is its owner's business then.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def note(number: int, frame: Any) -> None:
             if self.received and number == signal.SIGINT:
