@@ -5,7 +5,7 @@ RUN := .venv/bin/python -m
 PLUGINS := $(wildcard plugins/mim-plugin-*)
 STAMP := .venv/.installed
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all test-fault check clean
 
 demo: $(STAMP)  ## pre-train a masked autoencoder on real handwritten digits, then measure what it learned
 	$(RUN) mim_framework run quickstart
@@ -17,6 +17,9 @@ test: $(STAMP)  ## the quick tests
 
 test-all: $(STAMP)  ## every test that needs no GPU
 	$(RUN) pytest -q --slow
+
+test-fault: $(STAMP)  ## kills, damaged and hostile files, full disks; 20 minutes
+	$(RUN) pytest -q -m fault --figures .venv/faults.json
 
 check: $(STAMP)  ## style, layers
 	$(RUN) ruff check .
