@@ -162,9 +162,9 @@ def test_nothing_is_deleted_before_the_new_step_stands(run, whole: dict[str, str
 def test_signals(run, tmp_path: Path, name: str, code: int, workers: int, figure) -> None:
     fault = at_step(5, lambda: os.kill(os.getpid(), getattr(signal, name)))
     ended = run("signalled", f"data.workers={workers}", fault=fault)
-    assert (ended.code, steps(tmp_path / "signalled")) == (code, [4, 6])
+    assert (ended.code, steps(tmp_path / "signalled")) == (code, [4, 5])
     assert "Traceback" not in ended.said
-    figure(f"{name}, {workers} workers: exit {code}, saved after its step")
+    figure(f"{name}, {workers} workers: exit {code}, saved before the step that it gave up")
 
 
 @pytest.mark.fault(row="7")
