@@ -83,10 +83,10 @@ def recipe_of(names: dict[str, str]) -> Recipe:
     stride = 16 if names["encoder"] in ("timm", "maskfeat_mvit") else 8
     views: dict[str, Any] = {"type": "image", "img_size": IMG_SIZE}
     if names["target"] == "features":  # of a teacher with the student's grid
-        slots["teachers"] = {"teacher": {"encoder": {"type": "vit", **VIT, "patch_size": stride}}}
+        slots["teachers"] = {"teacher": {"encoder": {"type": "vit", **VIT, "patch_size": stride}, "random": True}}
     if names["target"] == "token_ids":  # of a tokenizer that sees a second view, so large that the grids are the same
         views |= {"type": "beit", "second_size": IMG_SIZE * 8 // stride}
-        slots["teachers"] = {"tokenizer": {"encoder": {"type": "dvae", **DVAE}}}
+        slots["teachers"] = {"tokenizer": {"encoder": {"type": "dvae", **DVAE}, "random": True}}
     return Recipe.model_validate(
         {
             "name": "combination",
@@ -117,7 +117,7 @@ def attempt(names: dict[str, str], registry: Registry) -> Outcome:
     step = make_step(model.recipe, torch.arange(4), teachers=model.teachers.session())
     for component in model.objective.components():
         component.begin_step(step)
-    loss = sum(model.objective(step, model.prepare(step, model.example(4))).values())
+    loss = sum(model.objective(step, model.prepare(step, model.example(4))).losses.values())
     loss.backward()
     optimizer.schedule(step)
     assert bool(optimizer.clip().isfinite()), names

@@ -17,7 +17,7 @@ PAIRS = list(itertools.product(NAMES["masker"], NAMES["encoder"]))
 OUTCOMES: dict[tuple[str, str], list[Outcome]] = {}
 
 
-@pytest.mark.parametrize(("masker", "encoder"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("masker", "encoder"), PAIRS)
 def test_a_combination_trains_or_is_refused_with_both_names(masker: str, encoder: str):
     outcomes = OUTCOMES[masker, encoder] = list(attempts(Registry(), masker=masker, encoder=encoder))
     assert len(outcomes) == len(NAMES["target"]) * len(NAMES["decoder"]) * len(NAMES["loss"])
