@@ -24,7 +24,6 @@ from mim_framework.contract.records import Outcome
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
 from mim_framework.data.loader import Batch, Loader
-from mim_framework.data.order import SampleOrder
 from mim_framework.evaluate.pictures import flat
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import as_picture
@@ -182,12 +181,10 @@ def replay(
     )  # fmt: skip
     with closing(iter(trainer.loader)) as batches:
         for index in range(begin, wanted):
-            micro_batches = list(islice(batches, run.layout.accum_steps))
-            if index == 0 and trainer.engine.begins_from_data():
-                trainer.calibrate(micro_batches)
-            trainer.train_step(index, micro_batches)
+            trainer.whole_step(index, batches)
             report(f"repeated step {index} of {wanted}")
         micro_batches = list(islice(batches, run.layout.accum_steps))
+    trainer.calibrate(wanted, micro_batches)
     lines = [f"run {run_dir}, step {wanted}, from {'the beginning' if found is None else found.path.name}"]
     lines += look_at(trainer, wanted, micro_batches)
     for batch in micro_batches if images is not None else ():
@@ -219,7 +216,7 @@ def look_at(trainer: Trainer, index: int, micro_batches: list[Batch]) -> list[st
 def sample_names(trainer: Trainer, positions: list[int]) -> str:
     """The samples at some positions, by name."""
     run = trainer.run
-    indices = SampleOrder(run.recipe.seed, len(run.source)).indices(positions[:SAMPLES_SHOWN])
+    indices = trainer.loader.order.indices(positions[:SAMPLES_SHOWN])
     names = [f"{name_of(run.source, index)} (position {p})" for p, index in zip(positions, indices, strict=False)]
     more = f" and {len(positions) - SAMPLES_SHOWN} more" if len(positions) > SAMPLES_SHOWN else ""
     return f"samples: {', '.join(names)}{more}"

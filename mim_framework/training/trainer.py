@@ -231,10 +231,9 @@ class Trainer:
 
         Every rank must call it.
         """
-        self.objective.zero_grad(set_to_none=True)
         self.log.reading_failed(index)
         if index > self.start and self.untouched.yet:
-            self.checkpoints.save(index, self._numbers(before_step=True), rising=self.watch.rising, must=True)
+            self._save_before(index)
             self.log.note(f"reading failed; saved after step {index}, the same command goes on from here")
         if self.loader.failure is not None:
             return self.loader.failure
@@ -249,7 +248,7 @@ class Trainer:
         """
         try:
             with self.watchdog.over_a_step(index):
-                measured = self._whole_step(index, batches)
+                measured = self.whole_step(index, batches)
             self._after_step(index + 1, measured)
         except StepGivenUp:
             self._leave_before(index)
@@ -259,16 +258,14 @@ class Trainer:
             return text
         return None
 
-    def _whole_step(self, index: int, batches: Iterator[Batch]) -> Summary:
+    def whole_step(self, index: int, batches: Iterator[Batch]) -> Summary:
         """A step with what the first one needs before it."""
         self.untouched.begin()
         read = islice(batches, self.run.layout.accum_steps)  # while the device works
         micro_batches: Iterable[Batch] = self._until_told(read)
-        begins = index == 0 and self.engine.begins_from_data()
-        if begins or len(self.phases) > 1:
+        if len(self.phases) > 1 or self._begins_from_data(index):
             micro_batches = list(micro_batches)
-        if begins:
-            self.calibrate(micro_batches)
+        self.calibrate(index, micro_batches)
         return self.train_step(index, micro_batches)
 
     def _until_told(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -284,20 +281,30 @@ class Trainer:
         Raises:
             SystemExit: always.
         """
-        self.objective.zero_grad(set_to_none=True)
         if index:
-            self.checkpoints.save(index, self._numbers(before_step=True), rising=self.watch.rising)
-        self.log.note(f"stopped by signal after step {index}; the same command goes on from here")
-        self.stop.leave()
+            self._save_before(index)
+        self._leave_after(index)
 
     def _save_what_there_is(self, index: int) -> str:
         """Save the state before a step that failed, where it is still there; says from where the run goes on."""
-        self.objective.zero_grad(set_to_none=True)
         if index and self.run.world.size == 1 and self.untouched.yet:
             with suppress(Exception):  # what stopped the step may stop this too
-                self.checkpoints.save(index, self._numbers(before_step=True), rising=self.watch.rising)
+                self._save_before(index)
                 return f"The same command goes on from step {index}, which was saved"
         return "The same command goes on from the last checkpoint"
+
+    def _save_before(self, index: int) -> None:
+        """Save the state before a step that does not count. Every rank must call it."""
+        self.objective.zero_grad(set_to_none=True)
+        self.checkpoints.save(index, self._numbers(before_step=True), rising=self.watch.rising)
+
+    def _leave_after(self, done: int) -> None:
+        """
+        Raises:
+            SystemExit: always.
+        """
+        self.log.note(f"stopped by signal after step {done}; the same command goes on from here")
+        self.stop.leave()
 
     def _until_the_stop(self) -> str:
         """For what the run waits when it is told to stop, and for how long."""
@@ -316,8 +323,13 @@ class Trainer:
             return []
         return [*run.model.notes, *doubts(run.recipe, self.registry, run.source, run.device)]
 
-    def calibrate(self, micro_batches: Iterable[Batch]) -> None:
-        """Let components begin from the data of the first step."""
+    def _begins_from_data(self, index: int) -> bool:
+        return index == 0 and self.engine.begins_from_data()
+
+    def calibrate(self, index: int, micro_batches: Iterable[Batch]) -> None:
+        """Before the first step, let components begin from its data."""
+        if not self._begins_from_data(index):
+            return
         name = self.phases[0].name
         self.engine.calibrate([(self.run.step(0, batch, name), batch.views) for batch in micro_batches])
 
@@ -344,8 +356,7 @@ class Trainer:
             must = last or self.stop.agreed
             self.checkpoints.save(done, self._numbers(), rising=self.watch.rising, must=must)
         if self.stop.agreed and not last:
-            self.log.note(f"stopped by signal after step {done}; the same command goes on from here")
-            self.stop.leave()
+            self._leave_after(done)
         self.evaluations.run_due(
             done, lambda every: last or run.due(done, every), log=self.log.numbers, note=self.log.note
         )
