@@ -147,8 +147,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def _append_record(path: Path, entry: dict[str, Any]) -> list[dict[str, Any]]:
     """Add an entry; returns those before it."""
     earlier = read_records(path)
-    replace_file(path, (json.dumps([*earlier, entry], indent=1) + "\n").encode())
+    write_records(path, [*earlier, entry])
     return earlier
+
+
+def write_records(path: Path, entries: list[dict[str, Any]]) -> None:
+    """What `read_records` reads, in the place of what was there."""
+    replace_file(path, (json.dumps(entries, indent=1) + "\n").encode())
 
 
 def changed_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

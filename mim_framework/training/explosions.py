@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mim_framework.base.errors import MimError, TrainingError
-from mim_framework.base.files import replace_file
 from mim_framework.data.order import BatchLayout
-from mim_framework.training.directory import EXPLOSIONS
+from mim_framework.training.directory import EXPLOSIONS, write_records
 from mim_framework.training.explosion import Rise
 from mim_framework.training.run import Run
 from mim_framework.training.saving import Saver
@@ -107,7 +106,7 @@ class Explosions:
         self._write()
 
     def _write(self) -> None:
-        replace_file(self.path, (json.dumps(self.entries, indent=1) + "\n").encode())
+        write_records(self.path, self.entries)
 
 
 def merged(holes: Iterable[Iterable[int]]) -> Holes:

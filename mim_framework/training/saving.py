@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from mim_framework.base.errors import CheckpointError, DataError
+from mim_framework.base.files import SideFile
 from mim_framework.base.text import plain_logger
 from mim_framework.base.validation import describe, validate
 from mim_framework.checkpoints import checkpoint, state
@@ -151,8 +152,7 @@ class Saver:
             )
         if self.run.world.is_main:
             line = {"step": found.step, "changes": changes, "then": then, "now": self.identity}
-            with (self.run.dir / "source_changes.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            SideFile(self.run.dir / "source_changes.jsonl").append([json.dumps(line)])
             logger.warning(f"data.source has changed since {found.path}: {', '.join(changes)}; accepted by the recipe")
         return found
 
