@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mim_framework.assembly.builder import build_model, build_optimizers
-from mim_framework.assembly.preflight import make_step, preflight
+from mim_framework.assembly.preflight import preflight
 from mim_framework.base.errors import RecipeError
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
@@ -114,11 +114,9 @@ def attempt(names: dict[str, str], registry: Registry) -> Outcome:
     losses = preflight(model, device)  # of which one condition is that every parameter has a gradient
     assert all(map(math.isfinite, losses.values())), names
     [optimizer] = build_optimizers(model.recipe, model.objective, 4).values()
-    step = make_step(model.recipe, torch.arange(4), teachers=model.teachers.session())
-    for component in model.objective.components():
-        component.begin_step(step)
-    loss = sum(model.objective(step, model.prepare(step, model.example(4))).losses.values())
-    loss.backward()
+    engine = model.engine(device)
+    step = engine.step(seed=model.recipe.seed, positions=torch.arange(4))
+    sum(engine.forward(step, model.example(4)).losses.values()).backward()
     optimizer.schedule(step)
     assert bool(optimizer.clip().isfinite()), names
     optimizer.step()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +48,9 @@ def measure_cost(recipe: Recipe, registry: Registry) -> Cost:
     Raises:
         RecipeError: if the recipe's parts do not fit, a component fails, or an optimizer cannot be made.
     """
-    try:
-        with torch.device("meta"):
-            model = build_model(recipe, registry, with_weights=False)
-        refuse_too_large(model)
-        return _count(recipe, model, torch.device("meta"))
-    except RecipeError as error:
-        if not isinstance(error.__cause__, RuntimeError):  # torch's answer to what needs values
-            raise
-        return _count(recipe, build_model(recipe, registry, with_weights=False), torch.device("cpu"))
+    with _unless_values_are_needed():
+        return _count(recipe, _of_sane_size(recipe, registry), torch.device("meta"))
+    return _count(recipe, build_model(recipe, registry, with_weights=False), torch.device("cpu"))
 
 
 def refuse_too_large_recipe(recipe: Recipe, registry: Registry) -> None:
@@ -63,14 +59,30 @@ def refuse_too_large_recipe(recipe: Recipe, registry: Registry) -> None:
     Raises:
         RecipeError: as of `refuse_too_large`, or if the recipe's parts do not fit.
     """
+    with _unless_values_are_needed():
+        _of_sane_size(recipe, registry)
+
+
+@contextmanager
+def _unless_values_are_needed() -> Iterator[None]:
+    """Go on behind it where components need values, which the meta device has not."""
     try:
-        with torch.device("meta"):
-            model = build_model(recipe, registry, with_weights=False)
+        yield
     except RecipeError as error:
-        if not isinstance(error.__cause__, RuntimeError):
+        if not isinstance(error.__cause__, RuntimeError):  # torch's answer to what needs values
             raise
-    else:
-        refuse_too_large(model)
+
+
+def _of_sane_size(recipe: Recipe, registry: Registry) -> Model:
+    """The model on the meta device.
+
+    Raises:
+        RecipeError: as of `refuse_too_large`, or if the recipe's parts do not fit.
+    """
+    with torch.device("meta"):
+        model = build_model(recipe, registry, with_weights=False)
+    refuse_too_large(model)
+    return model
 
 
 def refuse_too_large(model: Model) -> None:

@@ -59,9 +59,7 @@ def preflight(model: Model, device: torch.device, *, bfloat16: bool = False) -> 
             step = engine.step(seed=recipe.seed, positions=positions, phase=phase)
             with failures_as_recipe_errors(recipe):
                 if objective.masker is not None:
-                    for component in engine.components:
-                        component.begin_step(step)
-                    for mask in objective.masker(step, engine.prepare(step, batch)).masks.values():
+                    for mask in objective.masker(step, engine.begin(step, batch)).masks.values():
                         mask.validate()
                 outcome = engine.forward(step, batch)
                 if recipe.train.average == "over_positions":

@@ -56,11 +56,16 @@ class StepEngine:
 
     def forward(self, step: Step, batch: dict[str, Tensor]) -> Outcome:
         """The losses and measures of a batch before `prepare`, on the device."""
+        views = self.begin(step, batch)
+        with self.autocast():
+            return Outcome.of(self.model(step, views))
+
+    def begin(self, step: Step, batch: dict[str, Tensor]) -> Views:
+        """What the components see, after each was told that the step begins."""
         views = self.prepare(step, batch)
         for component in self.components:
             component.begin_step(step)
-        with self.autocast():
-            return Outcome.of(self.model(step, views))
+        return views
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of the run, for passes beside a step such as evaluations."""
