@@ -77,7 +77,7 @@ def _while_alive(answers: Iterator[Any], processes: list[BaseProcess]) -> Iterat
         dead = [process for process in processes if process.sentinel in ending]
         for process in dead:
             process.join()  # its sentinel is ready a moment before its exit code
-        if not dead and not isinstance(error, ConnectionError | EOFError):
+        if not dead and not isinstance(error, ConnectionError | EOFError) and "DataLoader worker" not in str(error):
             raise
         text = _how_it_died(dead[0] if dead else None, len(processes))
     else:

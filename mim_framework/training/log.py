@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ class Log:
         self.metrics, self.progress = metrics, progress
         self.throughput = Throughput(run.device)
         self.skipped_steps = SideFile(run.dir / "nonfinite.jsonl")
-        lines = None if metrics is None else metrics.path
-        self._of_the_server_before = {name: _last_logged(lines, name) for name in OF_THE_SERVER if lines is not None}
+        self._of_the_server_before = {} if metrics is None else _last_logged(metrics.path, OF_THE_SERVER)
         self.window: dict[str, float] = dict(state.get("window", {}))
         self.nonfinite_in_a_row = int(state.get("nonfinite_in_a_row", 0))
 
@@ -164,11 +164,12 @@ def counted_before(resumed: Checkpoint | None, world: World) -> dict[str, int]:
     return dict(sum((Counter(row) for row in rows[world.rank :: world.size]), Counter()))
 
 
-def _last_logged(path: Path, name: str) -> int:
-    """The last value of a count in metrics.jsonl, without reading all lines of a long one."""
-    content = path.read_bytes()
-    place = content.rfind(f'"{name}"'.encode())
-    if place < 0:
-        return 0
-    line = content[content.rfind(b"\n", 0, place) + 1 :].split(b"\n", 1)[0]
-    return int(json.loads(line)[name])
+def _last_logged(path: Path, names: Iterable[str]) -> dict[str, int]:
+    """The last value of each count in metrics.jsonl, of which only the lines that hold one are taken apart."""
+    content, found = path.read_bytes(), {}
+    for name in names:
+        place = content.rfind(f'"{name}"'.encode())
+        if place >= 0:
+            line = content[content.rfind(b"\n", 0, place) + 1 :].partition(b"\n")[0]
+            found[name] = int(json.loads(line)[name])
+    return found

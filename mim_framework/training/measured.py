@@ -50,11 +50,7 @@ class Summary:
             {f"{phase}/{name}": value for phase, each in phases.items() for name, value in getattr(each, kind).items()}
             for kind in ("losses", "metrics", "grad_norms")
         ]
-        return cls(
-            *merged,
-            stop=any(each.stop for each in phases.values()),
-            unread=any(each.unread for each in phases.values()),
-        )
+        return cls(*merged, stop=any(each.stop for each in phases.values()))
 
 
 class History:

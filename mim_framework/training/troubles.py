@@ -1,4 +1,4 @@
-"""Ends of a run that no component is to blame for, in a sentence: memory ran out, a data worker was killed."""
+"""The end of a run whose memory ran out, in a sentence with what was measured and what would fit."""
 
 from __future__ import annotations
 
@@ -12,21 +12,11 @@ from mim_framework.training.run import Run
 
 _ALLOCATION = re.compile(r"out of memory|can't allocate memory|not enough memory|cannot allocate memory", re.IGNORECASE)
 _WANTED = re.compile(r"tried to allocate ([\d.]+ ?[A-Za-z]+)", re.IGNORECASE)
-_WORKER = re.compile(r"DataLoader worker.*(killed by signal|exited unexpectedly)", re.DOTALL)
 
 
 def explained(error: Exception, run: Run, index: int) -> str | None:
     """What happened in a step, what was measured, and the way out; None for an error of another kind."""
-    if is_out_of_memory(error):
-        return _out_of_memory(error, run, index)
-    if isinstance(error, RuntimeError) and _WORKER.search(str(error)):
-        workers = run.recipe.data.num_workers
-        return (
-            f"a data worker was killed in step {index}, probably by the operating system because memory ran out "
-            f"({str(error).splitlines()[0].rstrip('. ')}); use fewer than data.workers={workers}, or a smaller "
-            f"data.prefetch_factor than {run.recipe.data.prefetch_factor}"
-        )
-    return None
+    return _out_of_memory(error, run, index) if is_out_of_memory(error) else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
