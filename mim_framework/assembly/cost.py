@@ -16,6 +16,7 @@ from mim_framework.assembly.builder import Model, build_model, build_optimizers
 from mim_framework.assembly.preflight import failures_as_recipe_errors
 from mim_framework.base.errors import RecipeError
 from mim_framework.base.precision import uses_bfloat16
+from mim_framework.contract.components import Source
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 
@@ -42,25 +43,28 @@ class Cost:
         return 4 * (sum(self.parameters.values()) + 3 * self.trainable)
 
 
-def measure_cost(recipe: Recipe, registry: Registry) -> Cost:
+def measure_cost(recipe: Recipe, registry: Registry, *, source: Source | None = None) -> Cost:
     """Counts on the meta device, so that no weight is ever allocated; components that cannot run there run on the CPU.
+
+    Args:
+        source: the recipe's, if it is open already.
 
     Raises:
         RecipeError: if the recipe's parts do not fit, a component fails, or an optimizer cannot be made.
     """
     with _unless_values_are_needed():
-        return _count(recipe, _of_sane_size(recipe, registry), torch.device("meta"))
-    return _count(recipe, build_model(recipe, registry, with_weights=False), torch.device("cpu"))
+        return _count(recipe, _of_sane_size(recipe, registry, source), torch.device("meta"))
+    return _count(recipe, build_model(recipe, registry, with_weights=False, source=source), torch.device("cpu"))
 
 
-def refuse_too_large_recipe(recipe: Recipe, registry: Registry) -> None:
+def refuse_too_large_recipe(recipe: Recipe, registry: Registry, source: Source) -> None:
     """Build on the meta device and look at the size, where the components can be built there.
 
     Raises:
         RecipeError: as of `refuse_too_large`, or if the recipe's parts do not fit.
     """
     with _unless_values_are_needed():
-        _of_sane_size(recipe, registry)
+        _of_sane_size(recipe, registry, source)
 
 
 @contextmanager
@@ -73,14 +77,14 @@ def _unless_values_are_needed() -> Iterator[None]:
             raise
 
 
-def _of_sane_size(recipe: Recipe, registry: Registry) -> Model:
+def _of_sane_size(recipe: Recipe, registry: Registry, source: Source | None) -> Model:
     """The model on the meta device.
 
     Raises:
         RecipeError: as of `refuse_too_large`, or if the recipe's parts do not fit.
     """
     with torch.device("meta"):
-        model = build_model(recipe, registry, with_weights=False)
+        model = build_model(recipe, registry, with_weights=False, source=source)
     refuse_too_large(model)
     return model
 

@@ -43,7 +43,7 @@ def doubts(
         *_passes(recipe, len(source)),
         *_small_images(recipe, source),
         *_precision(recipe, device),
-        *_long_epochs(recipe, registry, len(source), device, cost),
+        *_long_epochs(recipe, registry, source, device, cost),
         *_rates(recipe, registry),
     ]
 
@@ -99,15 +99,15 @@ def _precision(recipe: Recipe, device: torch.device) -> Iterator[str]:
 
 
 def _long_epochs(
-    recipe: Recipe, registry: Registry, num_images: int, device: torch.device, cost: Cost | None
+    recipe: Recipe, registry: Registry, source: Source, device: torch.device, cost: Cost | None
 ) -> Iterator[str]:
     if device.type != "cpu":
         return
-    per_second = CPU_FLOPS * torch.get_num_threads()
+    per_second, num_images = CPU_FLOPS * torch.get_num_threads(), len(source)
     if cost is None:
         if num_images < 2_000:  # no model of this field needs an hour for them
             return
-        cost = measure_cost(recipe, registry)
+        cost = measure_cost(recipe, registry, source=source)
     hours = cost.train_flops * num_images / per_second / 3600
     if hours > LONG_EPOCH_HOURS:
         yield (

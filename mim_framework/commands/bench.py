@@ -185,7 +185,7 @@ def _time_loader(recipe: Recipe, registry: Registry, steps: int, warmup: int) ->
     device = choose_device(recipe.train.device)
     layout = batch_layout(recipe, 0, 1)
     watch = Stopwatch(device)
-    model = build_model(recipe, registry, with_weights=False).to(device)
+    model = build_model(recipe, registry, with_weights=False)
     batches = _read(recipe, registry, model, layout, device, warmup + steps)
     for _ in range(warmup + steps):
         with watch.stage("data"):

@@ -56,7 +56,7 @@ def tokenize(
         raise DataError(f"data.source '{recipe.data.source.type}' has no images")
     device = choose_device(recipe.train.device)
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokens": None}), "init": None})
-    model = build_model(recipe, registry).to(device)
+    model = build_model(recipe, registry, source=source).to(device)
     target = _target_of_ids(recipe, model)
     if recipe.train.compile:
         compile_blocks(model.teachers.repeated_blocks())
@@ -178,7 +178,7 @@ class _Reader:
                     read.indices.append(index)
                 except BrokenImage as error:
                     place = number * len(self.reader.source) + index
-                    read.broken.append(Broken(place, index, error.name, error.cause, error.detail))
+                    read.broken.append(Broken.of(place, index, error))
         except DataError as error:  # raised in a worker, its text would be one of a traceback
             read.error = error
         read.batch = self.reader.collate(samples) if samples else None

@@ -36,7 +36,7 @@ def set_up(
         raise DataError(f"data.source '{recipe.data.source.type}' has no images")
     layout = batch_layout(recipe, world.rank, world.size)
     run_dir = directory()
-    refuse_too_large_recipe(recipe, registry)
+    refuse_too_large_recipe(recipe, registry, source)
     model = build_model(recipe, registry, source=source).to(device)
     for companion in model.companions:
         companion.check(source, world)
