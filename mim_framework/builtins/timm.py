@@ -115,7 +115,7 @@ class TimmEncoder(Encoder):
 
     def _take(self, model: nn.Module) -> None:
         """Keep a model, and of its last layer the weight alone if the tokens are to be projected."""
-        self.model, self.projection = model, None
+        self.model, self.projection, self._layers = model, None, None
         if not self.config.project:
             return
         head = model.get_classifier()
@@ -159,9 +159,11 @@ class TimmEncoder(Encoder):
 
     def _timm_layers(self) -> dict[str, int]:
         """The layer of every parameter by timm's name, and of a classifier, which the model itself lacks."""
-        named = [*self.model.named_parameters(), (CLASSIFIER, None)]
-        whole = SimpleNamespace(named_parameters=lambda: named)
-        return group_parameters(whole, self.model.group_matcher(coarse=False), reverse=True)
+        if self._layers is None:  # asked for once per parameter
+            named = [*self.model.named_parameters(), (CLASSIFIER, None)]
+            whole = SimpleNamespace(named_parameters=lambda: named)
+            self._layers = group_parameters(whole, self.model.group_matcher(coarse=False), reverse=True)
+        return self._layers
 
     def forward(self, view: Tensor, mask: Mask, ask: Ask = Ask()) -> Latent:
         features = self.model.forward_features(view)

@@ -94,7 +94,7 @@ class Registry:
         Raises:
             PluginError: if `only` names a plugin that is not installed.
         """
-        return [BUILTIN_ENTRY.info(), *self._enabled]
+        return list(self._enabled)
 
     def plugin(self, name: str) -> PluginInfo:
         """The enabled plugin of that entry-point or distribution name.
@@ -302,7 +302,7 @@ class Registry:
             raise PluginError(f"MIM_LOAD_PLUGINS names the plugin '{name}', which is not installed{hint}")
         enabled = [entry for entry in entries if self._is_enabled(entry)]
         count = Counter(entry.point.name for entry in enabled)
-        return [entry.info(twice=count[entry.point.name] > 1) for entry in enabled]
+        return [BUILTIN_ENTRY.info(), *(entry.info(twice=count[entry.point.name] > 1) for entry in enabled)]
 
     def _is_enabled(self, entry: Entry) -> bool:
         if "1" in self.disabled or self.disabled & entry.names:

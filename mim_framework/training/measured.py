@@ -78,7 +78,9 @@ class History:
         if not self.over_positions:
             return loss / self.accum_steps
         count = common_count(outcome)
-        self.counts.append(torch.as_tensor(count, dtype=torch.float32, device=loss.device))
+        if not isinstance(count, Tensor):
+            count = torch.full((), float(count), device=loss.device)  # a copy of a number would wait for the device
+        self.counts.append(count.to(loss.device, torch.float32))
         return loss * count / len(batch.positions)  # of a size that accumulates well; `divide` takes it back
 
     @torch.no_grad()
@@ -100,7 +102,7 @@ class History:
         single = len(grad_norms) == 1
         norms = {"grad_norm" if single else f"grad_norm/{name}": norm.float() for name, norm in grad_norms.items()}
         total = told.new_ones(()) if weights is None else weights.sum()
-        columns = [*losses.values(), *metrics.values(), total, *norms.values(), told.new_tensor(float(unread)), told]
+        columns = [*losses.values(), *metrics.values(), total, *norms.values(), told.new_full((), float(unread)), told]
         means = world.mean(torch.stack(columns)).tolist()
         num_averaged = len(losses) + len(metrics)
         divisor = means[num_averaged] or math.nan  # no position of the whole step was predicted: it does not count

@@ -41,7 +41,7 @@ class StopSignal:
         """1 if this rank was told, a 0-dim tensor on the device, for the reduction of the step."""
         if self.launcher is not None and os.getppid() != self.launcher and not self.received:
             self.received = signal.SIGTERM
-        return torch.tensor(float(self.received > 0), device=device)
+        return torch.full((), float(self.received > 0), device=device)  # not `tensor`, which waits for the device
 
     def leave(self) -> None:
         """

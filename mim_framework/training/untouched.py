@@ -9,8 +9,13 @@ class Untouched:
     """Watches the checkpointed buffers of an objective during a step; its weights change only at the end of one."""
 
     def __init__(self, objective: nn.Module) -> None:
-        self.objective = objective
-        self.persistent = objective.state_dict().keys()
+        persistent = objective.state_dict().keys()
+        self._places = [
+            (module, name)
+            for path, module in objective.named_modules()
+            for name, _ in module.named_buffers(recurse=False)
+            if f"{path}.{name}".lstrip(".") in persistent
+        ]
         self._marks: list[tuple[int, int]] | None = None
 
     def begin(self) -> None:
@@ -28,5 +33,5 @@ class Untouched:
 
     def _now(self) -> list[tuple[int, int]]:
         """Which tensors the buffers are, and how often they were written."""
-        named = self.objective.named_buffers()
-        return [(id(buffer), buffer._version) for name, buffer in named if name in self.persistent]
+        buffers = [getattr(module, name) for module, name in self._places]
+        return [(id(buffer), buffer._version) for buffer in buffers if buffer is not None]
