@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,11 @@ def cpu_has_bfloat16() -> bool:
     except OSError:
         return False
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def autocast(device_type: str, bfloat16: bool) -> AbstractContextManager[Any]:
+    """The precision of a forward pass. The meta device, of a count of costs, knows none."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, torch.bfloat16, bfloat16)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from mim_framework.contract.components import Decoder
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Latent, Pred
 from mim_framework.contract.specs import PredSpec, Specs
+from mim_framework.nn.blocks import NORM_EPS
 from mim_framework.nn.init import FAR, ONE_STD, init_linear
 from mim_framework.nn.masking import gather_tokens
 
@@ -39,7 +40,7 @@ class LinearDecoder(Decoder):
         if specs.target.grid != specs.encoder.grid:
             raise ValueError(f"decoder 'linear': target grid {specs.target.grid}, encoder grid {specs.encoder.grid}")
         self.grid = specs.encoder.grid
-        self.norm = nn.LayerNorm(specs.encoder.dim, eps=1e-6) if self.config.norm else nn.Identity()
+        self.norm = nn.LayerNorm(specs.encoder.dim, eps=NORM_EPS) if self.config.norm else nn.Identity()
         self.head = nn.Linear(specs.encoder.dim, specs.target.dim)
         if self.config.init != "torch":
             init_linear(self.head, ONE_STD if self.config.init == "trunc_normal_one_std" else FAR)
@@ -73,7 +74,7 @@ class PooledDecoder(Decoder):
             raise ValueError("decoder 'pooled': pool=cls, but the encoder has no class token; use pool=mean")
         self.head = nn.Linear(encoder.dim, target.dim)
         init_linear(self.head, FAR)
-        self.spec = PredSpec("probs" if target.kind in ("ids", "probs") else "dense", target.dim, grid)
+        self.spec = PredSpec.for_target(target, grid)
 
     def forward(self, latent: Latent, mask: Mask) -> Pred:
         """values (B, 1, num_classes)"""

@@ -21,11 +21,16 @@ def align(pred: Pred, target: Tensor | Pred) -> tuple[Tensor, Tensor]:
 
     A target that has one row for each sample stands for all of its masks and sets of positions.
     """
+    ids = common_ids(pred, target)
     if not isinstance(target, Pred):
         target = Pred(target, pred.grid)
-    ids = pred.ids if pred.ids is not None else target.ids
     values = pred.at(ids)
     return values, repeated_rows(target.at(ids), len(values))
+
+
+def common_ids(pred: Pred, target: Tensor | Pred | Any) -> Tensor | None:
+    """The positions that prediction and target both hold; None for all."""
+    return pred.ids if pred.ids is not None or not isinstance(target, Pred) else target.ids
 
 
 def num_predicted(ids: Tensor | None, mask: Mask) -> Tensor | float:
@@ -52,7 +57,7 @@ class PositionLoss(Loss):
 
     def forward(self, pred: Pred, target: Tensor | Pred | Any, mask: Mask, latent: Latent) -> Measured:
         values, wanted = align(pred, target)
-        ids = pred.ids if pred.ids is not None or not isinstance(target, Pred) else target.ids
+        ids = common_ids(pred, target)
         values, mask = values.float(), mask.at(pred.grid)
         metrics = self.measures(values.detach(), wanted, ids, mask)
         loss = masked_mean(self.per_position(values, wanted), ids, mask)

@@ -17,7 +17,7 @@ from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Masked, Views
 from mim_framework.contract.specs import MaskerSpec, Specs
 from mim_framework.contract.step import Step
-from mim_framework.nn.masking import cell_grid, mask_from_noise
+from mim_framework.nn.masking import cell_grid, hide_smallest, mask_from_noise
 from mim_framework.nn.patches import shown
 
 
@@ -169,8 +169,7 @@ def draw_blocks(
 
 def complete(hidden: Tensor, noise: Tensor, num_hidden: int) -> Tensor:
     """hidden (B, N) bool with at most `num_hidden` each -> exactly that many: visible patches of least noise (B, N)."""
-    order = noise.masked_fill(hidden, -1.0).argsort(dim=1, stable=True)
-    return torch.zeros_like(hidden).scatter(1, order[:, :num_hidden], True)
+    return hide_smallest(noise.masked_fill(hidden, -1.0), num_hidden)
 
 
 class BlockMasker(CellMasker):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mim_framework.base.errors import CheckpointError
 from mim_framework.base.files import flush
+from mim_framework.base.files import sha256_of as _sha256
 from mim_framework.base.section import Section
 from mim_framework.base.text import plain_logger
 
@@ -113,9 +114,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
             _set_aside(final)
         os.rename(temporary, final)
         flush(folder)
-        for later in list_checkpoints(folder):
-            if step_of(later) > step:
-                _set_aside(later)
+        set_aside_from(folder, step + 1)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write checkpoint {final}: {error}. Earlier checkpoints are untouched") from error
     finally:
@@ -289,11 +288,6 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def _content_hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

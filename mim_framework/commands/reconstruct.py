@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from mim_framework.assembly.opened import load_run
 from mim_framework.assembly.preflight import make_step
 from mim_framework.base.errors import DataError, MimError
 from mim_framework.contract.records import Sample
+from mim_framework.data.reader import named
 from mim_framework.evaluate.pictures import reconstruction_picture
 from mim_framework.evaluate.reconstruct import reconstruct
 
@@ -75,8 +75,3 @@ def _unused(path: Path, written: list[Path]) -> Path:
         number += 1
         free = path.with_stem(f"{path.stem}_{number}")
     return free
-
-
-def named(view: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-    """An evaluation view by name: "x" where a builder gives one alone."""
-    return view if isinstance(view, dict) else {"x": view}

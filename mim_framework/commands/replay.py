@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mim_framework.assembly.opened import recipe_of_run
 from mim_framework.base.errors import MimError
-from mim_framework.checkpoints.checkpoint import Checkpoint, list_checkpoints, load, step_of
+from mim_framework.checkpoints.checkpoint import Checkpoint, list_checkpoints, load, newest_before, step_of
 from mim_framework.contract.records import Outcome
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
@@ -270,11 +270,10 @@ def start_for(run_dir: Path, step: int, *, from_start: bool) -> Checkpoint | Non
     """
     kept = {step_of(path): path for path in list_checkpoints(run_dir / "checkpoints")}
     after = kept.get(step + 1)
-    if step not in kept and after is not None and load(after).state.get("nonfinite_in_a_row"):
-        return load(after)
-    before = [number for number in kept if number <= step]
-    if before:
-        return load(kept[max(before)])
+    if step not in kept and after is not None and (found := load(after)).state.get("nonfinite_in_a_row"):
+        return found
+    if (before := newest_before(run_dir / "checkpoints", step + 1)) is not None:
+        return load(before)
     if step == 0 or from_start:
         return None
     reach = f"{min(kept)} and later ones" if kept else "none"

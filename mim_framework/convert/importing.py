@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mim_framework.assembly.builder import build_model
 from mim_framework.assembly.trained import IMPORTED_SLOTS
+from mim_framework.assembly.weights import some
 from mim_framework.base.errors import CheckpointError, MimError
 from mim_framework.base.files import new_folder, replacing
 from mim_framework.checkpoints.checkpoint import IMPORTED_WEIGHTS
@@ -199,15 +200,16 @@ def _remarks(foreign: ForeignCheckpoint, found: Mapping[str, Tensor]) -> Iterato
 
 
 def _check_finite(tensors: Mapping[str, Tensor], file: Path, allow: bool) -> None:
-    bad = {}
+    if allow:
+        return
+    bad = []
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and (wrong := tensor.numel() - int(tensor.isfinite().sum())):
-            bad[name] = f"{name} ({int(tensor.isnan().sum())} NaN, {wrong - int(tensor.isnan().sum())} infinite "
-            bad[name] += f"of {tensor.numel()} values)"
-    if bad and not allow:
-        named = ", ".join(list(bad.values())[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+            nan = int(tensor.isnan().sum())
+            bad.append(f"{name} ({nan} NaN, {wrong - nan} infinite of {tensor.numel()} values)")
+    if bad:
         raise CheckpointError(
-            f"{file} holds values that are no numbers: {named}. A model with them computes nothing else; look for "
+            f"{file} holds values that are no numbers: {some(bad)}. A model with them computes nothing else; look for "
             "another copy of the file, or take them all the same with --allow-nonfinite"
         )
 

@@ -7,7 +7,6 @@ other views or another seed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from mim_framework.base import rng
 from mim_framework.base.errors import BrokenImage, DataError
-from mim_framework.base.files import replace_file
+from mim_framework.base.files import replace_file, sha256_of
 from mim_framework.contract.components import Source
 from mim_framework.contract.mask import Grid
 from mim_framework.contract.records import Sample
@@ -197,7 +196,7 @@ class TokenWriter:
                 self._ids[rows.start + index, view] = self.facts.unread
         self._ids.flush()
         missing = int((~whole).sum())
-        facts = replace(self.facts, sha256=_sha256(self.folder / ASIDE), missing=missing)
+        facts = replace(self.facts, sha256=sha256_of(self.folder / ASIDE), missing=missing)
         (self.folder / FACTS).unlink(missing_ok=True)
         os.replace(self.folder / ASIDE, self.folder / IDS)
         replace_file(self.folder / FACTS, _text(facts))
@@ -281,7 +280,7 @@ class TokenCache:
         Raises:
             DataError: if it is damaged.
         """
-        if _sha256(self.folder / IDS) != self.facts.sha256:
+        if sha256_of(self.folder / IDS) != self.facts.sha256:
             raise DataError(f"data.tokens {self.folder}: {IDS} is damaged, its hash is not the one in {FACTS}")
 
     def check_views(self, *, views_of: dict[str, Any], seed: int) -> None:
@@ -337,8 +336,3 @@ class TokenCache:
 
 def _text(facts: TokenFacts) -> bytes:
     return (json.dumps(asdict(facts), indent=1) + "\n").encode()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -36,7 +36,17 @@ from torch.nn.functional import interpolate
 
 from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.data.tiff import Bands, UnreadableBands, open_bands
-from mim_framework.data.values import RGB, Alpha, Depth, Range, UnsupportedValues, Wanted, called_alpha, depth_of
+from mim_framework.data.values import (
+    RGB,
+    Alpha,
+    Depth,
+    Range,
+    UnsupportedValues,
+    Wanted,
+    called_alpha,
+    depth_of,
+    to_tensor,
+)
 
 JpegBackend = Literal["auto", "pillow", "torchcodec"]
 """What decodes plain JPEGs; `auto` is the faster one that is installed."""
@@ -302,7 +312,7 @@ def _resized_crop(
         region = wanted.eight_bit(pixels.crop((left, top, right, bottom)), value_range)
     if whole and interpolation != "lanczos":
         # torch resizes uint8 about four times faster than Pillow, to within 2 levels of it
-        batch = _to_tensor(region)[None]
+        batch = to_tensor(region)[None]
         return interpolate(batch, out_size, mode=interpolation, antialias=True, align_corners=False)[0]
     inside = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
     return _resized_by_pillow(region, inside, out_size, _RESAMPLING[interpolation])
@@ -311,19 +321,11 @@ def _resized_crop(
 def _resized_by_pillow(region: pil.Image | Tensor, box: Any, out_size: tuple[int, int], filter: Any) -> Tensor:
     if isinstance(region, Tensor) and len(region) not in (1, RGB):
         return torch.cat([_resized_by_pillow(band[None], box, out_size, filter) for band in region])
-    return _to_tensor(_to_pillow(region).resize(out_size[::-1], filter, box=box))
-
-
-def _to_tensor(image: pil.Image | Tensor) -> Tensor:
-    """Grey or RGB to uint8 (1 or 3, H, W), RGB with channels last in memory."""
-    if isinstance(image, Tensor):
-        return image
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    return to_tensor(_to_pillow(region).resize(out_size[::-1], filter, box=box))
 
 
 def _to_pillow(image: pil.Image | Tensor) -> pil.Image:
-    """The inverse of `_to_tensor`."""
+    """The inverse of `to_tensor`."""
     if not isinstance(image, Tensor):
         return image
     return pil.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy())

@@ -224,7 +224,7 @@ class Loader:
     def _requests(self) -> Iterator[Request]:
         for step, micro in self._places():
             positions = self.layout.positions(step, micro)
-            yield Request(step, micro, list(positions), self.order.indices(positions))
+            yield Request(list(positions), self.order.indices(positions))
 
     def _record(self, read: Read) -> None:
         """Count and list broken samples, and stop above the budget or where the reader gave up."""

@@ -31,12 +31,15 @@ class Broken:
     cause: str
     detail: str
 
+    @classmethod
+    def of(cls, position: int, index: int, error: BrokenImage) -> Broken:
+        """What an error says of the sample."""
+        return cls(position, index, error.name, error.cause, error.detail)
+
 
 class Request(NamedTuple):
     """What a worker is asked for: plain numbers, which travel to it faster than tensors."""
 
-    step: int
-    micro: int
     positions: list[int]
     indices: list[int]
 
@@ -146,7 +149,7 @@ class TrainingReader:
                     return self.fixed_view(sample, index, position // len(self.source) % self.views_per_image)
                 return self._read(sample, row, index, 0)
             except BrokenImage as error:
-                broken.append(Broken(position, index, error.name, error.cause, error.detail))
+                broken.append(Broken.of(position, index, error))
         return None
 
     def _replacement(self, position: int, number: int) -> int:
@@ -183,7 +186,12 @@ class _EvaluationReader:
                 images.append(self.views.evaluation_view(sample))
                 labels.append(-1 if sample.label is None else sample.label)
             except BrokenImage as error:
-                broken.append(Broken(index, index, error.name, error.cause, error.detail))
-        found = [each if isinstance(each, dict) else {"x": each} for each in images]
+                broken.append(Broken.of(index, index, error))
+        found = [named(each) for each in images]
         batch = {name: torch.stack([each[name] for each in found]) for name in found[0]} if found else None
         return batch, torch.tensor(labels, dtype=torch.int64), broken
+
+
+def named(view: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    """An evaluation view by name: "x" where a builder gives one alone."""
+    return view if isinstance(view, dict) else {"x": view}

@@ -90,8 +90,7 @@ class Wanted:
         if image.mode not in ("L", "LA", "RGBA"):
             image = image.convert("L" if image.mode == "1" else "RGB")
         self.require(len(image.getbands()), alpha_kept=image.mode in ("LA", "RGBA"))
-        pixels = torch.from_numpy(np.array(image))
-        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        return to_tensor(image)
 
     def _without_alpha(self, image: pil.Image) -> pil.Image:
         grey = image.mode in ("L", "LA", "1")
@@ -151,6 +150,14 @@ class Wanted:
         elif count == RGB and self.in_chans == RGB + 1 and not alpha_kept:
             cures.append("set views.alpha=keep if the fourth band is called alpha")
         raise UnsupportedValues(f"{text}; {', or '.join(cures)}")
+
+
+def to_tensor(image: pil.Image | Tensor) -> Tensor:
+    """A picture of any number of bands to uint8 (C, H, W), with channels last in memory if they are several."""
+    if isinstance(image, Tensor):
+        return image
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def called_alpha(count: int) -> str:

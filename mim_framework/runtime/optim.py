@@ -16,7 +16,7 @@ from mim_framework.base.schedule import Curve, Schedule, extremes
 from mim_framework.base.section import Section
 from mim_framework.contract.components import Encoder
 from mim_framework.contract.step import Step
-from mim_framework.runtime.sharding import local
+from mim_framework.runtime.sharding import local, whole
 
 
 class MultiplierSection(Section):
@@ -248,8 +248,7 @@ class Optimizer:
 
 def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     """The common norm of gradients that may be sharded, whole on every rank."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole(torch.nn.utils.get_total_norm(gradients))
 
 
 def _clip_each(gradients: list[torch.Tensor], max_norm: float) -> None:

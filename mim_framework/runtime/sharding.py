@@ -92,13 +92,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, gathered on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def gather_full(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     """Whole tensors on the CPU of rank 0, one at a time; an empty dict on the other ranks. All ranks must call it."""
     gathered = {}
     for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        gathered_one = whole(tensor)
         if world.is_main:
-            gathered[name] = whole.detach().to("cpu", copy=True)
+            gathered[name] = gathered_one.detach().to("cpu", copy=True)
     return gathered
 
 

@@ -6,13 +6,14 @@ Start at `StepEngine.forward`: it is what happens to a batch between the loader 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mim_framework.base.precision import autocast
 from mim_framework.contract.components import Encoder, Objective
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Latent, Outcome, Views
@@ -69,9 +70,7 @@ class StepEngine:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of the run, for passes beside a step such as evaluations."""
-        if self.device.type == "meta":  # of a count of costs; it knows no autocast
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16, self.bfloat16)
+        return autocast(self.device.type, self.bfloat16)
 
     def begins_from_data(self) -> bool:
         """Whether a component overrides `calibrate`."""
@@ -115,7 +114,5 @@ class CurrentEncoder:
 
     def _encode(self, views: Views, masks: dict[str, Mask], ask: Ask) -> Latent:
         device_type = next(iter(masks.values())).hidden.device.type
-        if device_type == "meta":
-            return self.encoder.encode(views, masks, ask)
-        with torch.autocast(device_type, torch.bfloat16, self.bfloat16):  # also inside a target's precision island
+        with autocast(device_type, self.bfloat16):  # also inside a target's precision island
             return self.encoder.encode(views, masks, ask)

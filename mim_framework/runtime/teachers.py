@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from mim_framework.base.precision import autocast
 from mim_framework.base.schedule import Schedule, extremes
 from mim_framework.base.section import AliasedSection, Choice, LocalPath
 from mim_framework.contract.components import Component, Encoder, Head
@@ -187,9 +188,7 @@ class TeacherSession:
     def _encode(self, teacher: Teacher, view: Tensor, mask: Mask | None) -> Latent:
         encoder = teacher.part("encoder")
         mask = Mask.none(len(view), encoder.spec.grid, view.device) if mask is None else mask  # type: ignore[union-attr]
-        if view.device.type == "meta":  # of a count of costs; it knows no autocast
-            return encoder(teacher.prepare(view), mask, teacher.ask)
-        with torch.autocast(view.device.type, torch.bfloat16, self.bfloat16):  # also inside a target's precision island
+        with autocast(view.device.type, self.bfloat16):  # also inside a target's precision island
             return encoder(teacher.prepare(view), mask, teacher.ask)
 
 

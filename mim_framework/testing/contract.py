@@ -294,7 +294,7 @@ class RecipeContract:
         self, recipe: str, changes: list[str], straight: Path, tmp_path: Path
     ):
         registry = Registry()
-        registry._manager.register(CrashAtStep(2))
+        registry.listen(CrashAtStep(2))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, recipe, *changes, "checkpoint.every_steps=1", registry=registry)
         resumed = run(tmp_path, recipe, *changes)

@@ -115,7 +115,7 @@ class CrashAtStep:
 
     @hookimpl
     def mim_checkpoint_saved(self, run: Any, path: Path) -> None:
-        if int(path.name.rpartition("_")[2]) == self.step:
+        if checkpoint.step_of(path) == self.step:
             raise KeyboardInterrupt
 
 

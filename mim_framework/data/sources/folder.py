@@ -128,9 +128,16 @@ class FolderSource(Source):
         found = {**super().identity(), "names": names.hexdigest()}
         if isinstance(self._store, LocalStore):
             numbers = range(0, len(self._names), -(-len(self._names) // FILES_SIZED))
-            sizes = array("q", (_size(self._store.path(self._names[number])) for number in numbers))
+            sizes = array("q", (self._size(self._names[number]) for number in numbers))
             found["sizes"] = hashlib.sha256(sizes.tobytes()).hexdigest()
         return found
+
+    def _size(self, name: str) -> int:
+        """Bytes of a file, -1 if it is gone: reading it says so."""
+        try:
+            return self._store.size(name)
+        except BrokenImage:
+            return -1
 
     def left_out(self) -> Sequence[str]:
         named = self._skipped.most_common(KINDS_NAMED)
@@ -192,14 +199,6 @@ def _starts(num_files: int, pages: dict[int, int]) -> array[int] | None:
     if all(count == 1 for count in pages.values()):
         return None
     return array("q", accumulate((pages.get(number, 1) for number in range(num_files)), initial=0))
-
-
-def _size(path: str) -> int:
-    """Bytes of a file, -1 if it is gone: reading it says so."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
 
 
 class _PackedNames(Sequence[str]):
