@@ -17,7 +17,6 @@ from mim_plugin_mixmim.checkpoints import (
     OfficialCheckpoint,
     SafetensorsCheckpoint,
     index_of_window,
-    places_first,
 )
 from mim_plugin_mixmim.decoder import JoiningBlock
 from mim_plugin_mixmim.masker import partner_rows
@@ -32,6 +31,7 @@ from mim_framework.contract.world import World
 from mim_framework.convert import import_checkpoint
 from mim_framework.data.order import BatchLayout
 from mim_framework.evaluate.reconstruct import reconstruct
+from mim_framework.layouts import unfold_to_places
 from mim_framework.nn import hide_smallest
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
@@ -635,7 +635,7 @@ def to_mmpretrain(official: str, tensor: Tensor) -> tuple[str, Tensor]:
 def test_the_places_of_a_merged_cell_by_hand():
     """Two channels a and b: mmpretrain has a at its four places in raster order, then b."""
     theirs = torch.tensor([[0, 1, 2, 3, 10, 11, 12, 13]])
-    assert places_first(theirs).tolist() == [[0, 10, 2, 12, 1, 11, 3, 13]]
+    assert unfold_to_places(theirs).tolist() == [[0, 10, 2, 12, 1, 11, 3, 13]]
 
 
 def test_mmpretrain_checkpoints_are_read():

@@ -62,8 +62,7 @@ class OfficialCheckpoint(CheckpointFormat):
         """The encoder, and the head if the run has a linear one."""
         if "encoder.blocks.0.attn.qkv.bias" in state:
             raise ValueError("there the key has no bias, in this run it has one (qkv_bias: full)")
-        head = {f"lm_head.{name}": tensor for name, tensor in part_of(state, HEAD).items()}
-        return part_of(state, ENCODER) | head
+        return part_of(state, ENCODER) | part_of(state, HEAD, "lm_head.")
 
 
 class MMPretrainCheckpoint(ReadByOfficialNames, OfficialCheckpoint):

@@ -186,14 +186,14 @@ class OfficialCheckpoint(beit.OfficialCheckpoint):
     def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         found = super().import_state(without_aggregation(state))
         for ours, official in self.places:
-            inside = part_of(state, official)
-            found |= {ours + name: each for name, each in inside.items() if not name.endswith(beit.COMPUTED)}
+            inside = part_of(state, official, ours)
+            found |= {name: each for name, each in inside.items() if not name.endswith(beit.COMPUTED)}
         return found
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         exported = super().export_state(state)
         for ours, official in self.places:
-            exported |= {official + name: tensor for name, tensor in part_of(state, ours).items()}
+            exported |= part_of(state, ours, official)
         return exported
 
 
@@ -249,4 +249,4 @@ def check_codebook(state: dict[str, Tensor]) -> None:
 
 
 def without_aggregation(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.items() if not name.startswith("cls_pt_")}
+    return renamed(state, (), leave_out="cls_pt_")

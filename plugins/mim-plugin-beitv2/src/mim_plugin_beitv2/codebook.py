@@ -144,8 +144,9 @@ class EMACodebook(nn.Module):
     def _revive(self, dead: Tensor, keys: Tensor, spares: Tensor) -> None:
         """Replace dead codes, in their order, by the spare vectors (n, C) in the order of their random keys (n,)."""
         order = keys.argsort(stable=True)[: len(self.spares)]
-        number = (dead.cumsum(0) - 1).clamp(0, len(order) - 1)
-        replaced = dead & (dead.cumsum(0) <= (keys[order] != NO_KEY).sum())
+        rank = dead.cumsum(0)
+        number = (rank - 1).clamp(0, len(order) - 1)
+        replaced = dead & (rank <= (keys[order] != NO_KEY).sum())
         self.codes.copy_(torch.where(replaced[:, None], spares[order][number], self.codes))
         self.idle_steps.masked_fill_(replaced, 0)
 

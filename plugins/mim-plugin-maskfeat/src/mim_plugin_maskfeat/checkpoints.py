@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat
-from mim_framework.layouts import INSIDE_BLOCKS, Guess, depth_of, guessed_heads, part_of, renamed
+from mim_framework.layouts import INSIDE_BLOCKS, Guess, part_of, renamed, vit_options
 
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
 HEAD_NAMES = {"pred_head.transforms.0.0.": "norm.", "pred_head.projections.0.": "head."}
 """The official head, by its names in the core's `linear` decoder."""
-HEADS_OF_WIDTH = {768: 12, 1024: 16}  # ViT-B and -L: no shape tells it
 BINS_OF_ALL_COLOURS = 27
 TOLD_BY_SLOWFAST = {
     "views.img_size": "DATA.TRAIN_CROP_SIZE",
@@ -175,16 +174,10 @@ def recipe_of(
     }
 
 
-def encoder_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def encoder_options(state: dict[str, Tensor]) -> dict[str, Any]:
     """Options that the shapes tell; the number of heads is known for the published widths only, else None."""
-    embed_dim = state["cls_token"].shape[-1]
-    return {
-        "patch_size": state["patch_embed.proj.weight"].shape[-1],
-        "embed_dim": embed_dim,
-        "depth": depth_of(state),
-        "num_heads": guessed_heads(HEADS_OF_WIDTH, embed_dim),
-        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
-    }
+    _, options = vit_options(state)
+    return {name: options[name] for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
 
 
 def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import Tensor, nn
 
 from mim_framework import Ask, Encoder, EncoderSpec, Grid, Latent, Mask, MaskTokenViT, Section, Specs
-from mim_framework.nn import check_heads, put_mask_token
+from mim_framework.nn import check_heads, put_mask_token, trunc_normal
 
 PATCH_STRIDE = 4  # MViTv2's patch embedding: 7x7 pixels, every 4
 
@@ -93,7 +93,7 @@ class MaskFeatMViT(Encoder):
         if not c.final_norm:
             self.model.norm = nn.Identity()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        trunc_normal(self.mask_token)
         set_biases(self, c.initial_bias)
 
         self.patch_grid = Grid((height // PATCH_STRIDE, width // PATCH_STRIDE))

@@ -7,7 +7,7 @@ from typing import Any
 from mim_plugin_mae.checkpoints import MMPretrainCheckpoint as MAECheckpoint
 from torch import Tensor
 
-from mim_framework.layouts import Guess
+from mim_framework.layouts import Guess, part_of, renamed
 
 FUSION = "backbone.proj_"
 LEVELS_OF_MODEL = {(12, 6): [0, 2, 4, 6, 8, 11]}
@@ -31,10 +31,8 @@ class MMPretrainCheckpoint(MAECheckpoint):
         return slots | {"views": slots["views"] | {"type": "resized_crop"}, "objective": objective}
 
     def import_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        fusion = {name: tensor for name, tensor in state.items() if name.startswith(FUSION)}
-        ours = {name.replace("backbone.", "fusion.", 1): tensor for name, tensor in fusion.items()}
-        return ours | super().import_state(_without_fusion(state))
+        return part_of(state, FUSION, "fusion.proj_") | super().import_state(_without_fusion(state))
 
 
 def _without_fusion(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.items() if not name.startswith(FUSION)}
+    return renamed(state, (), leave_out=FUSION)

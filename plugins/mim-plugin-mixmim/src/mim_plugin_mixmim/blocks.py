@@ -9,7 +9,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from mim_framework import Grid, Mask
-from mim_framework.nn import attend
+from mim_framework.nn import attend, trunc_normal
 
 
 class Attention(nn.Module):
@@ -22,7 +22,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         if window is not None:
             self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
-            nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+            trunc_normal(self.relative_position_bias_table)
 
     def forward(self, x: Tensor, apart: Tensor | None = None) -> Tensor:
         """x (B, W, T, D), W windows of T tokens -> (B, W, T, D), before the output projection.

@@ -13,7 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from mim_framework import CheckpointFormat, Grid
-from mim_framework.layouts import INSIDE_BLOCKS, Guess, ReadByOfficialNames, depth_of, guessed_heads, part_of, renamed
+from mim_framework.layouts import (
+    INSIDE_BLOCKS,
+    Guess,
+    ReadByOfficialNames,
+    depth_of,
+    guessed_heads,
+    part_of,
+    renamed,
+    unfold_to_places,
+)
 from mim_framework.nn import relative_position_index
 
 ENCODER, DECODER = "encoder.", "heads.main.decoder."
@@ -96,12 +105,7 @@ class MMPretrainCheckpoint(ReadByOfficialNames, OfficialCheckpoint):
 
     def official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         named = renamed(state, self.renames)
-        return {name: places_first(each) if ".downsample." in name else each for name, each in named.items()}
-
-
-def places_first(tensor: Tensor) -> Tensor:
-    """A last axis (channel, row, column) of a 2 x 2 cell -> (column, row, channel), as the official merging has it."""
-    return tensor.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3).contiguous()
+        return {name: unfold_to_places(each) if ".downsample." in name else each for name, each in named.items()}
 
 
 def index_of_window(window: int) -> Tensor:

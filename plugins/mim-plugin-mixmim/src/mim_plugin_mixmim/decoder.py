@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mim_framework import Decoder, Latent, Mask, Pred, PredSpec, Section, Specs
-from mim_framework.nn import check_heads, sincos_position_table, xavier_if_linear
+from mim_framework.nn import check_heads, sincos_position_table, trunc_normal, xavier_if_linear
 from mim_plugin_mixmim.blocks import Block
 
 
@@ -64,7 +64,7 @@ class MixDecoder(Decoder):
         self.decoder_norm = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
         self.decoder_pred = nn.Linear(c.embed_dim, target.dim)
         self.apply(xavier_if_linear)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        trunc_normal(self.mask_token)
         self.spec = PredSpec.for_target(target, encoder.grid)
 
     def repeated_blocks(self) -> nn.ModuleList:

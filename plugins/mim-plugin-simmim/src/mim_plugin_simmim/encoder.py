@@ -12,7 +12,7 @@ from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
 
 from mim_framework import Ask, BEiTViT, Encoder, EncoderSpec, Grid, Latent, Mask, Section, Specs
-from mim_framework.nn import put_mask_token
+from mim_framework.nn import put_mask_token, trunc_normal
 from mim_plugin_simmim.blocks import SwinBlock, SwinV2Block, WindowAttention, WindowAttentionV2
 
 PER_STAGE = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)]
@@ -87,11 +87,11 @@ class SwinEncoder(Encoder):
                 # are the same to the last digit.
                 block.attn_mask.masked_fill_(block.attn_mask < 0, -torch.inf)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        trunc_normal(self.mask_token)
         self.absolute_pos_embed = None
         if c.absolute_position:
             self.absolute_pos_embed = nn.Parameter(torch.zeros(1, self.input_grid.num_patches, c.embed_dim))
-            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+            trunc_normal(self.absolute_pos_embed)
 
         places = [(dims[stage], grids[stage]) for stage, depth in enumerate(c.depths) for _ in range(depth)]
         self.spec = EncoderSpec(
