@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mim_framework.checkpoints.checkpoint import list_checkpoints
+from mim_framework.checkpoints.checkpoint import list_checkpoints, step_of
 from mim_framework.commands.cli import main
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import read_metrics
@@ -165,9 +165,7 @@ def at_file(number: int, action: Fault, of: str) -> Fault:
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree") and of in str(
-            arguments[0]
-        ):
+        if event in FILE_OPERATIONS and of in str(arguments[0]):
             seen += 1
             if seen == number:
                 action()
@@ -209,4 +207,4 @@ def log(run: Path) -> list[dict[str, Any]]:
 
 
 def steps(run: Path) -> list[int]:
-    return [int(each.name[5:]) for each in list_checkpoints(run / "checkpoints")]
+    return [step_of(each) for each in list_checkpoints(run / "checkpoints")]

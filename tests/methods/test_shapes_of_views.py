@@ -25,7 +25,6 @@ SWIN = {"patch_size": 4, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], 
 SMALL_DECODER = {"embed_dim": 16, "depth": 1, "num_heads": 2}
 DVAE = {"vocab_size": 16, "hidden_dim": 8, "blocks_per_group": 1}
 PIXELS = {"masker": {"type": "random", "mask_ratio": 0.5}, "target": "pixels", "decoder": "linear", "loss": "mse"}
-WHOLE = {**PIXELS, "masker": "none"}
 ENCODERS: dict[str, dict[str, Any]] = {
     "vit": {**PIXELS, "encoder": VIT},
     "mae_vit": {**PIXELS, "encoder": VIT, "decoder": {"type": "mae_decoder", **SMALL_DECODER}},

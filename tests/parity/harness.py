@@ -57,6 +57,11 @@ def relative(ours: Tensor, official: Tensor) -> float:
     return ((ours.detach() - official).abs().max() / official.abs().max()).item()
 
 
+def tokens_of(out: Any) -> Tensor:
+    """Of a block, which may hand out query, key and value beside them."""
+    return out[0] if isinstance(out, tuple) else out
+
+
 def named(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The entries `prefix/NAME` by NAME."""
     prefix += "/"

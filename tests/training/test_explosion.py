@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from faulty import hashes
 
 from mim_framework.base.errors import MimError, TrainingError
 from mim_framework.builtins.losses import MSELoss
@@ -211,13 +212,6 @@ def record(run_dir: Path) -> list[dict]:
     return json.loads((run_dir / "explosions.json").read_text())
 
 
-def final(run_dir: Path) -> dict[str, str]:
-    """Hashes of all files of the newest checkpoint."""
-    newest = checkpoint.list_checkpoints(run_dir / "checkpoints")[-1]
-    files = json.loads((newest / "manifest.json").read_text())["files"]
-    return {name: each["sha256"] for name, each in files.items()}
-
-
 def test_a_run_stops_with_a_checkpoint_from_before_the_rise(tmp_path, monkeypatch):
     monkeypatch.setattr(Explosive, "positions", range(8 * 6, 8 * 7))  # step 6
     wanted = (
@@ -231,7 +225,7 @@ def test_a_run_stops_with_a_checkpoint_from_before_the_rise(tmp_path, monkeypatc
     assert (entry["action"], entry["since"], entry["until"]) == ("stop", 6, 13)
     monkeypatch.setattr(Explosive, "positions", range(0))
     straight = run(tmp_path / "straight", *EVERY_4, "checkpoint.keep=1")
-    assert final(run(tmp_path, *EVERY_4, "checkpoint.keep=1")) == final(straight)
+    assert hashes(run(tmp_path, *EVERY_4, "checkpoint.keep=1")) == hashes(straight)
     assert record(tmp_path / "tiny") == []
 
 
@@ -292,7 +286,7 @@ def test_a_run_that_went_back_resumes_bit_for_bit(tmp_path, monkeypatch, stop_at
     with pytest.raises(SystemExit):
         run(tmp_path / "resumed", *REWIND, registry=registry)
     resumed = run(tmp_path / "resumed", *REWIND)
-    assert final(resumed) == final(straight)
+    assert hashes(resumed) == hashes(straight)
     assert record(resumed) == record(straight)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ import tiny
 import torch
 import yaml
 from click.testing import CliRunner
+from faulty import hashes
 
 from mim_framework.base.errors import CheckpointError, TrainingError
 from mim_framework.base.files import SideFile
@@ -72,12 +72,6 @@ def saved(run_dir: Path) -> list[int]:
     return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run_dir / "checkpoints")]
 
 
-def final(run_dir: Path) -> dict[str, str]:
-    newest = checkpoint.list_checkpoints(run_dir / "checkpoints")[-1]
-    files = json.loads((newest / "manifest.json").read_text())["files"]
-    return {name: each["sha256"] for name, each in files.items()}
-
-
 def raising(error: BaseException):
     def action():
         raise error
@@ -100,7 +94,7 @@ def test_memory_that_runs_out_is_told_with_the_next_batch_size_and_loses_no_step
         run(tmp_path, *options)
     assert saved(tmp_path / "tiny") == [2]
     interfere(-1, lambda: None)
-    assert final(run(tmp_path, *options)) == final(run(tmp_path / "whole", *options))
+    assert hashes(run(tmp_path, *options)) == hashes(run(tmp_path / "whole", *options))
 
 
 def test_a_state_that_the_failed_step_has_changed_is_not_saved(tmp_path, interfere):
@@ -209,7 +203,7 @@ def test_a_signal_says_for_what_it_waits_and_stops_at_the_next_micro_batch(tmp_p
     assert "stopped by signal after step 3; the same command goes on from here" in said
     assert saved(tmp_path / "tiny") == [3]
     interfere(-1, lambda: None)
-    assert final(run(tmp_path, *options)) == final(run(tmp_path / "whole", *options))
+    assert hashes(run(tmp_path, *options)) == hashes(run(tmp_path / "whole", *options))
 
 
 def test_a_step_that_has_changed_a_buffer_is_finished_before_the_stop(tmp_path, interfere):

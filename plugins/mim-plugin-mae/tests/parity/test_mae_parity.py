@@ -27,6 +27,7 @@ from parity.harness import (
     read_json,
     relative,
     small_encoder,
+    tokens_of,
 )
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
@@ -85,11 +86,6 @@ def test_imported_weights_are_bitwise_those_of_the_file_position_tables_included
     fresh = build_model(case.model.recipe, Registry(), with_weights=False).objective.state_dict()
     for table in ("encoder.pos_embed", "heads.main.decoder.decoder_pos_embed"):
         assert torch.equal(fresh[table], weights[table])
-
-
-def tokens_of(out: Any) -> Tensor:
-    """Of a block, which may hand out query, key and value beside them."""
-    return out[0] if isinstance(out, tuple) else out
 
 
 def test_latents_and_predictions_are_those_of_the_official_code(case: Case):

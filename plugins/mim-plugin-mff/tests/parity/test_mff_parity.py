@@ -6,7 +6,6 @@ Every `mff_*.safetensors` in `MIM_PARITY_DIR` is one case; by default those comm
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from parity.harness import (
     read,
     read_json,
     relative,
+    tokens_of,
 )
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
@@ -100,11 +100,6 @@ def test_the_position_tables_of_the_file_are_ours_with_rows_first(case: Case):
         table = sincos_position_table(weights[name].shape[-1], grid, row_first=True)
         assert torch.allclose(weights[name][0, 1:], table, atol=1e-6), name
         assert not torch.allclose(weights[name], fresh[name], atol=0.1), name
-
-
-def tokens_of(out: Any) -> Tensor:
-    """Of a block, which may hand out query, key and value beside them."""
-    return out[0] if isinstance(out, tuple) else out
 
 
 def test_fused_layers_and_predictions_are_those_of_the_official_code(case: Case):

@@ -18,6 +18,7 @@ from mim_framework import (
     ImgSize,
     Sample,
     Section,
+    Share,
     Step,
     Views,
     ViewSpec,
@@ -26,13 +27,11 @@ from mim_framework import (
     random_resized_crop_box,
 )
 
-GLOBAL_VIEWS = ("x", "x2")
 NUM_JITTER_RANDOM = 5
 NUM_AUGMENT_RANDOM = NUM_JITTER_RANDOM + 5
 """Uniform numbers that `MultiCropViews.augment` reads: those of the jitter, then whether to jitter, to take the colours
 away, to blur, how wide, and whether to solarize."""
 
-Share = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
