@@ -243,7 +243,7 @@ class RecipeContract:
         steps = [f"train.steps={self.learning_steps}", *optimizers_of(recipe, changes, adam)]
         with trainer_of(tmp_path, recipe, *changes, *steps) as trainer:
             batch = first_batch(trainer)
-            trainer.calibrate([batch])
+            trainer.calibrate(0, [batch])
             trainer.phases = tuple(phase for phase in trainer.phases if phase.sign > 0)
             losses = [trainer.train_step(index, [batch]).losses["loss"] for index in range(self.learning_steps)]
         assert losses[-1] <= losses[0] - self.learned_share * abs(losses[0])
@@ -254,7 +254,7 @@ class RecipeContract:
             frozen = [trainer.teachers[name] for name, section in sections.items() if not section.copy_of]
             before = [state_of(teacher) for teacher in frozen]
             fixed = {name: p.clone() for name, p in trainer.objective.named_parameters() if not p.requires_grad}
-            trainer.calibrate([batch])
+            trainer.calibrate(0, [batch])
             for index in range(3):
                 trainer.train_step(index, [batch])
             assert not any(module.training for teacher in frozen for module in teacher.modules())
