@@ -32,7 +32,7 @@ _HOME = {
     "recipe.draft": ["load_recipe"],
     "training.trainer": ["Trainer", "train"],
     "convert.importing": ["import_checkpoint"],
-    "contract.evaluation": ["Evaluation", "Features", "Subject", "check_features"],
+    "contract.evaluation": ["Estimate", "Evaluation", "Features", "Subject", "check_features"],
     "builtins.objectives": ["MaskedPrediction"],
     "builtins.vit": ["ViTSizes", "MaskTokenViT", "BEiTViT"],
     "nn.images": ["Renormalize"],

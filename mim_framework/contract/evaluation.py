@@ -6,6 +6,7 @@ subject is an encoder with the images to judge it by; it extracts features once,
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -36,6 +37,29 @@ class Features:
 
     x: Tensor
     y: Tensor
+
+
+class Estimate(float):
+    """A number with its 95 % interval `low` to `high`, such as an accuracy on images that are a sample of many more."""
+
+    low: float
+    high: float
+
+    def __new__(cls, value: float, low: float, high: float) -> Estimate:
+        estimate = super().__new__(cls, value)
+        estimate.low, estimate.high = low, high
+        return estimate
+
+    @classmethod
+    def of_share(cls, right: int, of: int) -> Estimate:
+        """A share with the interval of Wilson 1927, which also holds near 0 and 1 and of few images."""
+        z, share = 1.959964, right / of
+        centre, width = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+        low, high = (centre - width) / (1 + z * z / of), (centre + width) / (1 + z * z / of)
+        return cls(share, min(max(low, 0.0), share), max(min(high, 1.0), share))
+
+    def __getnewargs__(self) -> tuple[float, float, float]:
+        return float(self), self.low, self.high
 
 
 class Subject(Protocol):
@@ -114,7 +138,7 @@ class Evaluation:
 
     @abstractmethod
     def __call__(self, subject: Subject) -> dict[str, float]:
-        """The numbers by name, such as {"top1": 0.75}."""
+        """The numbers by name, such as {"top1": 0.75}; an `Estimate` where its uncertainty is known."""
 
 
 def check_features(encoder: EncoderSpec, pool: Pool, layers: Sequence[int] = ()) -> None:

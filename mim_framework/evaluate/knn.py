@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mim_framework.base.section import Section
-from mim_framework.contract.evaluation import Evaluation, Subject, check_features
+from mim_framework.contract.evaluation import Estimate, Evaluation, Subject, check_features
 from mim_framework.contract.specs import EncoderSpec
 
 _SIMILARITIES_AT_ONCE = 2**24
@@ -47,7 +47,7 @@ class KNN(Evaluation):
             train.x, train.y, test.x,
             k=section.k, temperature=section.temperature, num_classes=int(train.y.max()) + 1,
         )  # fmt: skip
-        return {"top1": int((predicted == test.y).sum()) / len(test.y)}
+        return {"top1": Estimate.of_share(int((predicted == test.y).sum()), len(test.y))}
 
 
 def knn_predict(
