@@ -295,6 +295,22 @@ def test_digits_are_split_labelled_and_scaled():
     assert {everything.read(i).label for i in range(20)} == set(range(10))
 
 
+@pytest.mark.slow
+def test_a_moved_digit_is_the_digit_at_another_place():
+    pytest.importorskip("sklearn")
+    plain, moved = DigitsSource(DigitsSource.Config()), DigitsSource(DigitsSource.Config(shift=2))
+    assert moved.evaluation_sources()[1].config.shift == 2
+    again, offsets = DigitsSource(DigitsSource.Config(shift=2)), set()
+    for index in range(100):
+        before, after = plain.read(index).data, moved.read(index).data
+        assert (after == again.read(index).data).all()
+        framed = np.pad(before, 2)
+        places = [(y, x) for y in range(5) for x in range(5) if (framed[y : y + 8, x : x + 8] == after).all()]
+        assert places
+        offsets.add(places[0])
+    assert len(offsets) > 15
+
+
 def test_missing_scikit_learn_is_named_with_the_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r"pip install 'mim-framework\[demo\]'"):

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
+import torch
+from pydantic import Field
+
+from mim_framework.base import rng
 from mim_framework.base.errors import DataError
 from mim_framework.base.section import Section
 from mim_framework.contract.components import Source
@@ -21,6 +26,9 @@ class DigitsSource(Source):
     class Config(Section):
         split: Literal["train", "test", "all"] = "train"
         """Every fifth image is in `test`, the others are in `train`."""
+        shift: int = Field(0, ge=0, le=7)
+        """Move every digit by up to so many pixels in both directions, each by a draw of its own that stays the
+        same; what leaves the frame is lost. From 2 on a linear classifier cannot tell digits by their pixels."""
 
     config: Config
     classes = tuple("0123456789")
@@ -36,6 +44,8 @@ class DigitsSource(Source):
         self._labels = digits.target.tolist()
         split = self.config.split
         self._ids = [i for i in range(len(self._images)) if split == "all" or (i % 5 == 4) == (split == "test")]
+        if self.config.shift:
+            self._images = _moved(self._images, self.config.shift)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -45,4 +55,14 @@ class DigitsSource(Source):
         return Sample(self._images[i], f"digits/{i}", self._labels[i])
 
     def evaluation_sources(self) -> tuple[Source, Source]:
-        return DigitsSource(self.Config(split="train")), DigitsSource(self.Config(split="test"))
+        train, test = (self.config.model_copy(update={"split": split}) for split in ("train", "test"))
+        return DigitsSource(train), DigitsSource(test)
+
+
+def _moved(images: np.ndarray, most: int) -> np.ndarray:
+    """images (n, 8, 8), each moved by its own draw from -most to most in both directions, over black."""
+    draws = rng.random_bits(0, "digits: shift", torch.arange(len(images)), 2) % (2 * most + 1)
+    padded = np.pad(images, ((0, 0), (most, most), (most, most)))
+    height, width = images.shape[1:]
+    moved = [x[top : top + height, left : left + width] for x, (top, left) in zip(padded, draws.tolist(), strict=True)]
+    return np.stack(moved)
