@@ -100,12 +100,12 @@ def test_anything_else_is_refused_with_its_place_and_at_once(case, loader, monke
     if loader == "python":
         monkeypatch.setattr(yaml_loader, "_Loader", yaml.SafeLoader)
     text, message = BAD[case]
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(
         RecipeError, match="(?s)" + (message if loader == "libyaml" else message.replace("2:2", r"2:\d"))
     ):
         read_yaml(text, "r.yaml")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @settings(deadline=None)
