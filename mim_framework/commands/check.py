@@ -6,7 +6,9 @@ from mim_framework.assembly.builder import build_source
 from mim_framework.assembly.cost import measure_cost
 from mim_framework.assembly.doubts import doubts
 from mim_framework.assembly.length import batch_layout, run_length
+from mim_framework.assembly.splits import evaluation_splits
 from mim_framework.base.precision import uses_bfloat16
+from mim_framework.evaluate.splits import Splits
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import choose_device
@@ -23,6 +25,7 @@ def report(recipe: Recipe, registry: Registry, *, world_size: int = 1) -> str:
     layout = batch_layout(recipe, 0, world_size)
     source = build_source(recipe, registry)
     steps_per_epoch, total_steps = run_length(recipe, len(source))
+    splits = evaluation_splits(recipe, registry, source)
     device = choose_device(recipe.train.device)
     precision = "bfloat16 autocast" if uses_bfloat16(recipe.train.precision, device) else "float32"
     parameters = ", ".join(f"{name} {_millions(count)}" for name, count in cost.parameters.items())
@@ -36,6 +39,7 @@ def report(recipe: Recipe, registry: Registry, *, world_size: int = 1) -> str:
         f"{layout.accum_steps} accumulation steps",
         "data": f"{len(source):,} images ({recipe.data.source.type})",
         **({"left out": ", ".join(out)} if (out := source.left_out()) else {}),
+        "evaluation": _evaluation(recipe, splits),
         "length": f"{total_steps:,} steps, {steps_per_epoch:,} an epoch",
         "device": f"{device.type}, {precision}",
         "output": str(run_directory(recipe)),
@@ -47,6 +51,13 @@ def report(recipe: Recipe, registry: Registry, *, world_size: int = 1) -> str:
         lines["warning"] = "; ".join(found)
     width = max(map(len, lines))
     return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
+
+
+def _evaluation(recipe: Recipe, splits: Splits) -> str:
+    names = ", ".join(choice.type for choice in recipe.evaluate) or "none"
+    purposes = {"train": "to learn from", "test": "to be tested on"}
+    images = (f"{len(each):,} images {purposes[split]} ({each.name})" for split, each in splits.sources.items())
+    return f"{names}; {', '.join(images)}"
 
 
 def _millions(count: int) -> str:

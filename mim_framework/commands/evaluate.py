@@ -8,11 +8,13 @@ from pathlib import Path
 
 from mim_framework.assembly.builder import build_source
 from mim_framework.assembly.opened import LoadedEncoder, load_encoder
+from mim_framework.assembly.splits import evaluation_splits
 from mim_framework.base.errors import DataError, RecipeError
 from mim_framework.base.paths import local_path
 from mim_framework.contract.evaluation import Evaluation, Split
 from mim_framework.contract.specs import EncoderSpec
-from mim_framework.evaluate.base import EncoderSubject, PixelSubject, Splits
+from mim_framework.evaluate.base import EncoderSubject, PixelSubject
+from mim_framework.evaluate.splits import Splits
 from mim_framework.recipe.draft import with_evaluations
 from mim_framework.registry.registry import Registry
 
@@ -79,7 +81,7 @@ def _judge(subject: str, names: Sequence[str], changes: Sequence[str], registry:
     opened = open_subject(subject, registry)
     recipe = with_evaluations(opened.recipe, names, changes, registry)
     evaluations = [cls(config) for cls, config in (registry.resolve("evaluation", each) for each in recipe.evaluate)]
-    splits = Splits.of(build_source(recipe, registry))
+    splits = evaluation_splits(recipe, registry, build_source(recipe, registry))
     _check(evaluations, opened.trained.spec, splits, subject)
     encoders = {
         variant: EncoderSubject(

@@ -450,7 +450,7 @@ class Source:
         return ()
 
     def evaluation_sources(self) -> tuple[Source, Source] | None:
-        """(train, test) with labels for kNN, or None."""
+        """(train, test) with the same classes, of a source that keeps test images aside, whichever it is; or None."""
         return None
 
 

@@ -291,6 +291,8 @@ class TokenCache:
         """
         wanted = {"seed": seed, **views_of}
         stored = {"seed": self.facts.seed, **self.facts.views_of}
+        if isinstance(of_source := stored.get("data.source"), dict):  # an option of earlier versions
+            stored["data.source"] = {key: value for key, value in of_source.items() if key != "eval_root"}
         differing = [
             f"{key}: {stored.get(key)} there, {wanted.get(key)} here"
             for key in sorted(wanted.keys() | stored.keys())

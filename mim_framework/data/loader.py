@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, get_args
+from typing import Annotated, ClassVar, Literal, NoReturn, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -38,6 +38,12 @@ COUNTED = ("read", *(f"broken/{cause}" for cause in get_args(Cause)), "broken/ot
 """What a loader counts: images read, broken ones by cause, and what servers did."""
 
 
+class SourceChoice(Choice):
+    """A source at another key than `source`."""
+
+    kind: ClassVar[str] = "source"
+
+
 class DataSection(Section):
     """Where the images come from and how they are read."""
 
@@ -57,6 +63,12 @@ class DataSection(Section):
     """Share of the images read so far that may be broken; above it the run stops. 10 on a rank are always tolerated.
     A broken image is replaced by another one, chosen by its position in the run; one that a server does not deliver is
     not broken: the run saves and stops."""
+    eval_source: SourceChoice | None = None
+    """Images by which encoders are judged, which evaluations do not learn from. By default those that `source` keeps
+    aside, as `digits` and `torchvision` do. A source that has such a part is judged by it, and learned from by the
+    rest; with any other, evaluations learn from `source`, whose classes it must have."""
+    eval_train_source: SourceChoice | None = None
+    """Images that evaluations learn from, if others than `source`, such as the labelled ones where it has no labels."""
     accept_changed_source: bool = False
     """Go on with a run although its source has other images than when its checkpoint was written: others then stand
     where those stood. Recorded in `source_changes.jsonl` of the run directory."""

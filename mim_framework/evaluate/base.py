@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -15,12 +14,13 @@ from mim_framework.base import rng
 from mim_framework.base.errors import DataError
 from mim_framework.base.text import plain_logger
 from mim_framework.contract.components import Encoder, Source, ViewBuilder
-from mim_framework.contract.evaluation import Evaluation, Features, Pool, Split, check_features
+from mim_framework.contract.evaluation import Features, Pool, Split, check_features
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Views
 from mim_framework.contract.specs import EncoderSpec
 from mim_framework.contract.world import World
 from mim_framework.data.loader import evaluation_batches
+from mim_framework.evaluate.splits import Splits
 
 logger = plain_logger(__name__)
 
@@ -45,29 +45,6 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for each, training in modes:
             each.training = training
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The images by which encoders are judged, and the splits of which have labels."""
-
-    sources: Mapping[Split, Source]
-    labelled: frozenset[Split]
-
-    @classmethod
-    def of(cls, source: Source) -> Splits:
-        """What a source keeps for evaluations; without labels its own images are the split "train"."""
-        pair = source.evaluation_sources()
-        if pair is None:
-            return cls({"train": source}, frozenset())
-        return cls({"train": pair[0], "test": pair[1]}, frozenset({"train", "test"}))
-
-    def lacks(self, evaluation: Evaluation) -> str:
-        """What an evaluation needs and is not here, with the cure; empty if all is here."""
-        if evaluation.needs <= self.labelled:
-            return ""
-        cure = "A folder has them with data.source.labels=true and data.source.eval_root=FOLDER"
-        return f"it needs labelled images, source '{self.sources['train'].name}' has none. {cure}"
 
 
 class EncoderSubject:

@@ -26,6 +26,8 @@ from mim_framework.base.validation import (
     validate,
 )
 from mim_framework.contract.hooks import HOOK_OF_KIND
+from mim_framework.recipe.eval_source import in_one_line as eval_source_in_one_line
+from mim_framework.recipe.eval_source import of_former
 from mim_framework.recipe.evaluations import from_mapping, in_one_line, type_of
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.recipe.rules import inconsistencies
@@ -243,6 +245,10 @@ class Draft:
             self.data["evaluate"] = from_mapping(former)
             text = f"is a list of evaluations now; write {in_one_line(self.data['evaluate'])}"
             self.report(Problem(("evaluate",), text))
+        if (eval_source := of_former(self.data)) is not None:
+            self.places[("data", "eval_source")] = self.place(("data", "source", "eval_root"))
+            now = eval_source_in_one_line(eval_source)
+            logger.warning(f"{self.file}: data.source.eval_root is read as what it is called now, {now}")
         across = inconsistencies(self.data)
         recipe, problems = validate(Recipe, self.data)
         problems = [each for each in problems if not (across and each.path == ())]

@@ -39,19 +39,21 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
     described = {each: evaluate[each] for each in ("description", "default")}
     several = {"type": "array", "items": slots["evaluation"]}
     schema["properties"]["evaluate"] = {**described, "anyOf": [several, {"type": "null"}]}
-    for name in ("Choice", "EvaluationChoice"):
+    for name in ("Choice", "EvaluationChoice", "SourceChoice"):
         definitions.pop(name, None)
     return schema
 
 
 def _fill_slots(schema: Any, slots: dict[str, Any]) -> None:
-    """Replace the reference to `Choice` in every property that is named after a kind of component."""
+    """Replace the reference to `Choice` in every property that is named after a kind of component, or of its type."""
     for node in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
         _fill_slots(node, slots)
     properties = schema.get("properties", {}) if isinstance(schema, dict) else {}
-    for name, slot in slots.items():
+    named = {name: (slot, "#/$defs/Choice") for name, slot in slots.items()}
+    elsewhere = dict.fromkeys(properties, (slots["source"], "#/$defs/SourceChoice"))
+    for name, (slot, reference) in (elsewhere | named).items():
         field = properties.get(name)
-        if field is not None and "#/$defs/Choice" in json.dumps(field):
+        if field is not None and reference in json.dumps(field):
             nullable = [{"type": "null"}] if {"type": "null"} in field.get("anyOf", ()) else []
             described = {each: field[each] for each in ("description", "default") if each in field}
             properties[name] = {**described, "anyOf": [*slot["anyOf"], *nullable]}

@@ -12,7 +12,8 @@ from mim_framework.base.errors import DataError
 from mim_framework.contract.components import Encoder, ViewBuilder
 from mim_framework.contract.evaluation import Evaluation
 from mim_framework.contract.world import World
-from mim_framework.evaluate.base import EncoderSubject, Splits
+from mim_framework.evaluate.base import EncoderSubject
+from mim_framework.evaluate.splits import Splits
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 

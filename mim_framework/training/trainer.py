@@ -19,13 +19,13 @@ import torch
 
 from mim_framework.assembly.builder import build_optimizers
 from mim_framework.assembly.doubts import doubts
+from mim_framework.assembly.splits import evaluation_splits
 from mim_framework.base import rng
 from mim_framework.base.errors import DataError, TrainingError
 from mim_framework.checkpoints.checkpoint import Checkpoint
 from mim_framework.contract.components import Component
 from mim_framework.contract.world import World
 from mim_framework.data.loader import Batch, Loader
-from mim_framework.evaluate.base import Splits
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
@@ -109,7 +109,7 @@ class Trainer:
         self.registry, self.listeners = registry, Listeners(registry.hook, run)
         self.run, self.engine, self.objective = run, run.engine, run.model.objective
         self.teachers = run.model.teachers
-        splits = Splits.of(run.source)
+        splits = evaluation_splits(run.recipe, registry, run.source)
         self.held_out = splits.sources.get("test", run.source)
         self.phases = run.recipe.named_phases()
         self.optimizers = build_optimizers(run.recipe, self.objective, run.layout.total_batch_size)

@@ -90,11 +90,11 @@ def test_every_option_that_takes_a_local_path_refuses_a_url(tmp_path, key):
         recipe_with(tmp_path, *AROUND.get(key, []), f"{key}=s3://bucket/x")
 
 
-@pytest.mark.parametrize("key", ["root", "eval_root"])
+@pytest.mark.parametrize("key", ["data.source", "data.eval_source", "data.eval_train_source"])
 def test_the_folders_of_images_may_be_local_or_behind_a_url(home, tmp_path, key):
     for text, wanted in {"~/images": f"{home}/images", "file:///images": "/images", "s3://b/i": "s3://b/i"}.items():
-        options = json.dumps({"type": "folder", "root": "x", "labels": True, key: text})
-        assert value_at(recipe_with(tmp_path, f"data.source={options}"), f"data.source.{key}") == wanted
+        options = json.dumps({"type": "folder", "root": text})
+        assert value_at(recipe_with(tmp_path, f"{key}={options}"), f"{key}.root") == wanted
 
 
 def test_commands_take_the_same_paths_as_recipes(home, tmp_path):

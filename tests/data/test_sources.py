@@ -70,34 +70,17 @@ def test_names_that_are_not_unicode_are_read(tmp_path):
     assert folder_source(tmp_path).read(0).data == png(3)
 
 
-def test_labels_are_the_first_folder_and_shared_with_the_test_images(tmp_path):
-    write(tmp_path / "train", ["cat/1.png", "cat/more/2.png", "dog/1.png"])
-    write(tmp_path / "test", ["dog/9.png"])
-    source = folder_source(tmp_path / "train", labels=True, eval_root=str(tmp_path / "test"))
+def test_labels_are_the_first_folder(tmp_path):
+    write(tmp_path, ["cat/1.png", "cat/more/2.png", "dog/1.png"])
+    source = folder_source(tmp_path, labels=True)
     assert source.classes == ["cat", "dog"]
     assert [source.read(i).label for i in range(3)] == [0, 0, 1]
-    train, test = source.evaluation_sources()
-    assert train is source
-    assert (test.read(0).name, test.read(0).label, test.classes) == ("dog/9.png", 1, ["cat", "dog"])
-
-
-def test_a_class_that_only_the_test_images_have_is_named(tmp_path):
-    write(tmp_path / "train", ["cat/1.png"])
-    write(tmp_path / "test", ["cow/1.png"])
-    source = folder_source(tmp_path / "train", labels=True, eval_root=str(tmp_path / "test"))
-    with pytest.raises(DataError, match=r"data\.source\.eval_root: class folder 'cow' of .* does not exist in"):
-        source.evaluation_sources()
 
 
 def test_an_image_outside_of_the_class_folders_is_named(tmp_path):
     write(tmp_path, ["cat/1.png", "loose.png"])
     with pytest.raises(DataError, match=r"'loose.png' lies directly in .* set data.source.labels=false"):
         folder_source(tmp_path, labels=True)
-
-
-def test_eval_root_without_labels_is_refused():
-    with pytest.raises(ValidationError, match="eval_root needs labels: true"):
-        FolderSource.Config(root="x", eval_root="y")
 
 
 def test_a_missing_folder_is_named_with_what_would_work(tmp_path):

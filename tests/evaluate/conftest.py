@@ -27,7 +27,7 @@ COLOURS = {"blue": (0, 0, 1), "green": (0, 1, 0), "red": (1, 0, 0)}
 RECIPE = """
 name: colours
 output_dir: {folder}
-data: {{source: {{type: folder, root: "{folder}/train", labels: {labels}{eval_root}}}, workers: 0}}
+data: {{source: {{type: folder, root: "{folder}/train", labels: {labels}}}, workers: 0{eval_source}}}
 views: {{type: image, img_size: 8, mean: [0, 0, 0], std: [1, 1, 1]}}
 masker: {{type: random, mask_ratio: 0.5}}
 encoder: patches
@@ -90,9 +90,10 @@ def make_run(tmp_path, registry):
     def make(*, labels: bool = True, target: str = "pixels") -> Path:
         write_images(tmp_path / "train", range(100, 250, 50))
         write_images(tmp_path / "test", range(120, 200, 40))
-        eval_root = f', eval_root: "{tmp_path}/test"' if labels else ""
+        test = f'{{type: folder, root: "{tmp_path}/test", labels: true}}'
+        eval_source = f", eval_source: {test}" if labels else ""
         recipe_file = tmp_path / "colours.yaml"
-        text = RECIPE.format(folder=tmp_path, labels=str(labels).lower(), eval_root=eval_root, target=target)
+        text = RECIPE.format(folder=tmp_path, labels=str(labels).lower(), eval_source=eval_source, target=target)
         recipe_file.write_text(text)
         recipe = load_recipe(recipe_file, [], registry)
         model = build_model(recipe, registry)

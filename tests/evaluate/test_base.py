@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mim_framework.assembly.opened import load_run
+from mim_framework.assembly.splits import evaluation_splits
 from mim_framework.base import rng
 from mim_framework.base.errors import DataError
 from mim_framework.base.section import Section
@@ -18,8 +19,10 @@ from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Latent, Sample
 from mim_framework.contract.specs import Specs, ViewSpec
 from mim_framework.contract.world import World
-from mim_framework.evaluate.base import EncoderSubject, PixelSubject, Splits, raw_pixels, tokens_of
+from mim_framework.evaluate.base import EncoderSubject, PixelSubject, raw_pixels, tokens_of
 from mim_framework.evaluate.knn import KNN
+from mim_framework.evaluate.splits import Splits
+from mim_framework.registry.registry import Registry
 from mim_framework.testing import run_ranks
 
 CPU = torch.device("cpu")
@@ -38,9 +41,13 @@ def passes(run):
     return seen
 
 
-def subject_of(run, source=None, **options) -> EncoderSubject:
+def splits_of(run) -> Splits:
+    return evaluation_splits(run.recipe, Registry(), run.source)
+
+
+def subject_of(run, **options) -> EncoderSubject:
     """The encoder of a run, judged by its own images, 9 to learn from and 6 to be tested on."""
-    splits = Splits.of(source or run.source)
+    splits = splits_of(run)
     return EncoderSubject(run.objective.encoder, run.views, splits, device=CPU, **{"batch_size": 4, **options})
 
 
@@ -127,7 +134,7 @@ def test_of_a_large_source_the_same_random_images_are_taken_each_time(run):
 
 
 def test_images_without_a_label_are_left_out_unless_they_are_wanted(run, monkeypatch, caplog):
-    splits = Splits.of(run.source)
+    splits = splits_of(run)
     train = splits.sources["train"]
     read = train.read
 
@@ -163,8 +170,9 @@ def test_what_an_evaluation_lacks_is_told_with_the_cure(make_run, registry):
     splits = Splits.of(load_run(make_run(labels=False), registry=registry).source)
     assert splits.lacks(WithoutLabels(Section())) == ""
     assert splits.lacks(KNN(KNN.Config())) == (
-        "it needs labelled images, source 'folder' has none. A folder has them with data.source.labels=true and "
-        "data.source.eval_root=FOLDER"
+        "it needs labelled images to learn from, source 'folder' has none. In a recipe, data.source.labels=true and "
+        "data.eval_source={type: folder, root: FOLDER, labels: true} give them; `mim eval` takes them by --train "
+        "SOURCE --test SOURCE too"
     )
 
 
@@ -226,7 +234,7 @@ def test_ranks_share_the_reading_and_get_the_features_of_one(run, tmp_path, brok
 
     def extracted(world: World):
         passes, read = [], []
-        splits = Splits.of(run.source)
+        splits = splits_of(run)
         original = splits.sources["train"].read
         splits.sources["train"].read = lambda index: (read.append(index), original(index))[1]
         hook = encoder.register_forward_hook(lambda *_: passes.append(1))

@@ -44,7 +44,7 @@ def test_options_are_those_of_the_recipe_unless_they_are_given(make_run, registr
 
 def test_other_images_can_be_named(make_run, registry, tmp_path):
     run_dir = make_run()
-    [judged] = evaluate(["knn"], [run_dir], [f"data.source.eval_root={tmp_path}/train"], registry)
+    [judged] = evaluate(["knn"], [run_dir], [f"data.eval_source.root={tmp_path}/train"], registry)
     assert judged.images == {"train": 9, "test": 9}
 
 
@@ -79,7 +79,7 @@ def test_an_encoder_that_cannot_be_judged_so_is_told_before_data_is_read(make_ru
 
 
 def test_a_run_without_labels_is_told_how_to_have_them(make_run, registry):
-    text = r"evaluation 'knn' of .*colours: it needs labelled .*'folder' has none\. A folder has them with data.source"
+    text = r"evaluation 'knn' of .*colours: it needs labelled images to learn from, source 'folder' has none\."
     with pytest.raises(DataError, match=text):
         evaluate(["knn"], [make_run(labels=False)], registry=registry)
 

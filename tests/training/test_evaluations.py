@@ -19,8 +19,8 @@ from mim_framework.contract.evaluation import Evaluation
 from mim_framework.contract.records import Sample
 from mim_framework.contract.specs import Specs
 from mim_framework.data.views import ImageViews
-from mim_framework.evaluate.base import Splits
 from mim_framework.evaluate.knn import KNN
+from mim_framework.evaluate.splits import Splits
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import read_metrics
@@ -129,8 +129,9 @@ def test_what_needs_labels_is_left_out_without_them_and_told_once(made):
     run_due(2, 1.0)
     assert [step for step, _ in logged] == [1, 2]
     assert [text for text in noted if "left out" in text] == [
-        "evaluation 'knn' is left out: it needs labelled images, source 'shades' has none. A folder has them with "
-        "data.source.labels=true and data.source.eval_root=FOLDER"
+        "evaluation 'knn' is left out: it needs labelled images to learn from, source 'shades' has none. In a recipe, "
+        "data.source.labels=true and data.eval_source={type: folder, root: FOLDER, labels: true} give them; `mim eval` "
+        "takes them by --train SOURCE --test SOURCE too"
     ]
 
 

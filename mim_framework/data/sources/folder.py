@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.base.section import PathOrURL, Section
@@ -51,25 +51,17 @@ class FolderSource(Source):
         root: PathOrURL = Field(min_length=1)
         """Folder that is searched recursively: a local path or any fsspec URL, such as s3://bucket/images."""
         labels: bool = False
-        """Take the first folder below `root` as the class of an image. Pre-training does not need it, kNN does."""
-        eval_root: PathOrURL | None = None
-        """Folder of test images for kNN, in the same class folders; needs `labels: true`."""
+        """Take the first folder below `root` as the class of an image. Pre-training does not need it, evaluations such
+        as kNN do."""
         pages: Literal["first", "each"] = "first"
         """What is read of a file of several pages or frames, such as a TIFF volume or a GIF: the first, or each as a
         sample of its own, named `file.tif#3`. For `each`, all files that may have pages are opened at the start."""
 
-        @model_validator(mode="after")
-        def _labels_for_evaluation(self) -> FolderSource.Config:
-            if self.eval_root is not None and not self.labels:
-                raise ValueError("eval_root needs labels: true")
-            return self
-
     config: Config
 
-    def __init__(self, config: Section, key: str = "data.source.root") -> None:
-        """`key` names the folder in messages."""
+    def __init__(self, config: Section) -> None:
         super().__init__(config)
-        self._store = store_of(self.config.root, key, self.config)
+        self._store = store_of(self.config.root, "data.source.root", self.config)
         self.remote = self._store.remote
         self._skipped: Counter[str] = Counter()
         try:
@@ -79,14 +71,15 @@ class FolderSource(Source):
         except DataError:
             raise
         except Exception as error:  # file systems raise the errors of their network libraries too
-            raise DataError(f"{key}: '{self.config.root}' cannot be listed: {type(error).__name__}: {error}") from error
+            text = f"'{self.config.root}' cannot be listed: {type(error).__name__}: {error}"
+            raise DataError(f"data.source.root: {text}") from error
         self._num_paged = len(paged)
         self._looked_into = array("q", paged[:: -(-len(paged) // FILES_LOOKED_INTO) or 1])
         self._starts = _starts(len(names), dict(zip(paged, pages, strict=False)))
         self._names = _PackedNames(names)
         if not names:
             raise DataError(
-                f"{key}: no images below '{self.config.root}'; files are taken by their suffix, "
+                f"data.source.root: no images below '{self.config.root}'; files are taken by their suffix, "
                 f"one of {' '.join(sorted(IMAGE_SUFFIXES))}; there are {', '.join(self.left_out()) or 'no files'}"
             )
         if self.config.labels:
@@ -160,20 +153,6 @@ class FolderSource(Source):
         later = [count - 1 for count in pages if count > 1]
         among = "" if len(pages) == self._num_paged else f" among {len(pages):,} of {self._num_paged:,} looked into"
         return [f"{sum(later):,} later pages of {len(later):,} files{among} ({cure})"] if later else []
-
-    def evaluation_sources(self) -> tuple[Source, Source] | None:
-        if self.config.eval_root is None:
-            return None
-        of_test = self.config.model_copy(update={"root": self.config.eval_root, "eval_root": None})
-        test = FolderSource(of_test, key="data.source.eval_root")
-        unknown = sorted(set(test.classes) - set(self.classes))
-        if unknown:
-            raise DataError(
-                f"data.source.eval_root: class folder '{unknown[0]}' of '{self.config.eval_root}' does not exist in "
-                f"'{self.config.root}'"
-            )
-        test.classes, test._label_of = self.classes, self._label_of
-        return self, test
 
     def _images(self) -> Iterator[str]:
         """Names of files with a suffix of images; the others are counted."""
