@@ -41,6 +41,7 @@ from mim_framework.data.labels import LABEL, Labels, num_classes_of
 from mim_framework.data.order import sample_order
 from mim_framework.data.stores import RemoteSection
 from mim_framework.data.views import MIXING_OPTIONS
+from mim_framework.evaluate.measure import check
 from mim_framework.nn.images import Renormalize
 from mim_framework.nn.patches import shown
 from mim_framework.recipe.recipe import Recipe
@@ -181,7 +182,7 @@ class Builder:
         for index, choice in enumerate(recipe.evaluate):
             cls, config = self.registry.resolve("evaluation", choice)
             with self.slot(f"evaluate.{index}", choice.type):
-                cls(config).check(encoder.spec)
+                check(cls(config), encoder.spec, choice.layers)
 
         heads = {
             name: self.build_head(name, section, encoder, masker) for name, section in recipe.named_heads().items()

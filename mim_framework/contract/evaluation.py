@@ -120,7 +120,11 @@ class Evaluation:
     of_pixels: ClassVar[bool] = True
     """Whether it can judge raw pixels in the place of features; False if it calls the encoder itself."""
     reserved: ClassVar[frozenset[str]] = frozenset({"every_epochs", "forward_batch_size"})
-    """Keys that every evaluation has in a recipe, so that no option may be called so."""
+    """Keys that every evaluation has in a recipe, so that no option may be called so.
+
+    `layers` is one too. An evaluation that reads features need not know of it: what it asks for without layers then
+    comes from those of the recipe. One with an option of that name, numbers of blocks, is given them there.
+    """
 
     class Config(Section):
         """No options."""

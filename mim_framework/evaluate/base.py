@@ -30,6 +30,10 @@ _UNLABELLED, _NO_IMAGE = -1, -2
 
 Layer = int | None
 """Number of a block, or None for the encoder's own output."""
+Asked = tuple[Pool, tuple[int, ...]]
+"""What an evaluation has asked for: the kind of feature, and layers, none for the encoder's own output."""
+Want = tuple[Pool | None, Layer]
+"""A feature that is extracted; of raw pixels the kind is None."""
 Extract = Callable[[Views], list[Tensor]]
 """Prepared view (B, C, H, W) -> features, a tensor (B, ...) for each layer."""
 
@@ -74,6 +78,9 @@ class EncoderSubject:
         self.workers, self.batch_size, self.precision = workers, batch_size, precision
         self._labels: dict[tuple[Split, int], Tensor] = {}
         self._features: dict[tuple[Split, int, Pool | None, Layer], Tensor] = {}
+        self._together: list[int] = []
+        self.asked: dict[Asked, None] = {}
+        """What was asked for, in order, for reports."""
 
     @property
     def spec(self) -> EncoderSpec:
@@ -108,6 +115,7 @@ class EncoderSubject:
             ValueError: if the encoder has no such features.
         """
         check_features(self.spec, pool, layers)
+        self.asked[pool, tuple(layers)] = None
         numbers: list[Layer] = [layer % self.spec.depth for layer in layers] or [None]
         return self._taken(split, pool, numbers, limit, labelled)
 
@@ -124,11 +132,11 @@ class EncoderSubject:
         """Features from those that are held, after the missing ones were extracted in one pass."""
         count = len(self.source(split))
         count = count if limit is None else min(count, limit)
-        missing = [each for each in dict.fromkeys(layers) if (split, count, pool, each) not in self._features]
+        missing = self._missing(split, count, pool, layers)
         if missing:
-            extract = raw_pixels(self.views) if pool is None else tokens_of(self.encoder, pool, missing)
+            extract = raw_pixels(self.views) if pool is None else features_of(self.encoder, missing)
             found, self._labels[split, count] = self._extracted(split, count, extract)
-            self._features |= {(split, count, pool, each): x for each, x in zip(missing, found, strict=True)}
+            self._features |= {(split, count, *want): x for want, x in zip(missing, found, strict=True)}
             self._say_left_out(split, count, self._labels[split, count], labelled=labelled)
         y = self._labels[split, count]
         every = [self._features[split, count, pool, each] for each in layers]
@@ -138,6 +146,42 @@ class EncoderSubject:
             what = "has a label and can be read" if labelled else "can be read"
             raise DataError(f"no image of source '{self.source(split).name}', split '{split}', {what}")
         return Features(x, y) if bool(wanted.all()) else Features(x[wanted], y[wanted])
+
+    @contextmanager
+    def extracting(self, layers: Sequence[int]) -> Iterator[None]:
+        """Meanwhile, features of one of these layers are extracted with those of the others, in one pass.
+
+        Patch tokens are not, and are dropped afterwards: those of all layers would fill any memory.
+        """
+        self._together = sorted({layer % self.spec.depth for layer in layers})
+        try:
+            yield
+        finally:
+            self._together = []
+            self._drop_tokens()
+
+    def _drop_tokens(self) -> None:
+        of_layers = [key for key in self._features if key[2] == "tokens" and key[3] is not None]
+        for key in of_layers:
+            del self._features[key]
+
+    def _missing(self, split: Split, count: int, pool: Pool | None, layers: Sequence[Layer]) -> list[Want]:
+        """What has to be extracted: what is asked for and not held, and what comes with it at no cost."""
+
+        def held(pool: Pool | None, layer: Layer) -> bool:
+            return (split, count, pool, layer) in self._features
+
+        missing = [layer for layer in dict.fromkeys(layers) if not held(pool, layer)]
+        if not missing or pool is None:
+            return [(pool, layer) for layer in missing]
+        if pool == "tokens":
+            if self._together:
+                self._drop_tokens()
+            return [(pool, layer) for layer in dict.fromkeys(layers) if not held(pool, layer)]
+        if set(missing) & set(self._together):
+            missing += [layer for layer in self._together if layer not in missing]
+        pools: list[Pool] = ["mean", "cls"] if self.spec.num_prefix_tokens else ["mean"]
+        return [(each, layer) for layer in missing for each in pools if not held(each, layer)]
 
     def _say_left_out(self, split: Split, count: int, labels: Tensor, *, labelled: bool) -> None:
         unread = count - len(labels)
@@ -187,6 +231,7 @@ class PixelSubject:
         self._subject = subject
         self.encoder, self.views = subject.encoder, subject.views
         self.world, self.device = subject.world, subject.device
+        self.asked: dict[Asked, None] = {}
 
     @property
     def spec(self) -> EncoderSpec:
@@ -216,15 +261,20 @@ class PixelSubject:
 
 
 def tokens_of(encoder: Encoder, pool: Pool, layers: Sequence[Layer]) -> Extract:
-    """The encoder's features of images of which nothing is hidden."""
-    ask = Ask(layers=frozenset(layer for layer in layers if layer is not None))
+    """The encoder's features of one kind, of images of which nothing is hidden."""
+    return features_of(encoder, [(pool, layer) for layer in layers])
+
+
+def features_of(encoder: Encoder, wanted: Sequence[tuple[Pool, Layer]]) -> Extract:
+    """Features of several kinds and layers in one pass."""
+    ask = Ask(layers=frozenset(layer for _, layer in wanted if layer is not None))
 
     def extract(views: Views) -> list[Tensor]:
         spec = encoder.spec
         masks = {name: Mask.none(len(views[name]), spec.of(name).grid, views[name].device) for name in spec.views}
         latent = encoder.encode(views, masks, ask)
         found = []
-        for layer in layers:
+        for pool, layer in wanted:
             if layer is None:
                 prefix, tokens = latent.prefix, latent.tokens
                 if latent.ids is not None and pool == "tokens":

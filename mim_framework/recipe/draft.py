@@ -345,5 +345,5 @@ def _complete(recipe: Recipe, registry: Registry) -> Recipe:
         for part in path[:-1]:
             node = node[part]
         own = {name: value[name] for name in choice.own_keys()}
-        node[path[-1]] = {**own, **config.model_dump(mode="json", by_alias=True, round_trip=True)}
+        node[path[-1]] = {**own, **config.model_dump(mode="json", by_alias=True, round_trip=True), **own}
     return Recipe.model_validate(data)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mim_framework.base.section import Choice
 from mim_framework.base.validation import Problem
+
+
+def _last_for_none(value: Any) -> Any:
+    return "last" if value is None or value in ((), []) else value
 
 
 class EvaluationChoice(Choice):
@@ -21,6 +25,9 @@ class EvaluationChoice(Choice):
     """Epochs between two evaluations; 0 for one at the end only."""
     forward_batch_size: int = Field(256, gt=0)
     """Images per forward pass of the encoder. Evaluations made together take the smallest of theirs."""
+    layers: Annotated[Literal["last", "each"] | tuple[int, ...], BeforeValidator(_last_for_none)] = "last"
+    """Features of which blocks: `last`, the end of the encoder; some side by side, from 0, or from the end if negative;
+    or `each` of them by itself, for a curve over depth, with numbers called `layer3_top1`."""
 
 
 def type_of(entry: Any) -> Any:

@@ -28,7 +28,8 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
             help_text = (cls.__doc__ or "").partition("\n")[0]
             component |= {"title": name, "description": help_text, "required": ["type", *component.get("required", [])]}
             options = component.get("properties", {})
-            component["properties"] = {"type": {"const": name}, **own_keys.get(kind, {}), **options}
+            own = own_keys.get(kind, {})
+            component["properties"] = {"type": {"const": name}, **own, **options, **own}
             definitions[label] = component
             if component["required"] == ["type"]:
                 branches.append({"const": name, "description": help_text})

@@ -13,6 +13,7 @@ from mim_framework.contract.components import Encoder, ViewBuilder
 from mim_framework.contract.evaluation import Evaluation
 from mim_framework.contract.world import World
 from mim_framework.evaluate.base import EncoderSubject
+from mim_framework.evaluate.measure import Layers, measure
 from mim_framework.evaluate.splits import Splits
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
@@ -25,6 +26,7 @@ class Planned:
     evaluation: Evaluation
     every_epochs: float
     forward_batch_size: int
+    layers: Layers = "last"
 
 
 def planned(recipe: Recipe, registry: Registry) -> list[Planned]:
@@ -32,7 +34,7 @@ def planned(recipe: Recipe, registry: Registry) -> list[Planned]:
     found = []
     for choice in recipe.evaluate:
         cls, config = registry.resolve("evaluation", choice)
-        found.append(Planned(cls(config), choice.every_epochs, choice.forward_batch_size))
+        found.append(Planned(cls(config), choice.every_epochs, choice.forward_batch_size, choice.layers))
     return found
 
 
@@ -85,7 +87,7 @@ class Evaluations:
         for each in now:
             name = each.evaluation.name
             try:
-                numbers = each.evaluation(subject)
+                numbers = measure(each.evaluation, subject, each.layers).numbers
             except DataError as error:  # the images of an evaluation are not worth a run
                 note(f"step {done}: no {name}: {error}")
                 continue

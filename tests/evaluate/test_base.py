@@ -187,8 +187,11 @@ def test_images_pass_the_encoder_once_for_all_who_ask(run, passes):
     KNN(KNN.Config(k=1))(subject)
     KNN(KNN.Config(k=3))(subject)
     assert passes == [4, 4, 1, 4, 2]  # the six test images
-    subject.features("train", pool="cls")  # another feature
+    assert subject.features("train", pool="cls").x[0, 0] > 100  # came with the mean of the patch tokens
+    assert passes == [4, 4, 1, 4, 2]
+    subject.features("train", pool="tokens")
     assert passes == [4, 4, 1, 4, 2, 4, 4, 1]
+    assert list(subject.asked) == [("mean", ()), ("cls", ()), ("tokens", ())]
 
 
 def test_the_encoder_is_left_in_the_mode_in_which_it_was(run):

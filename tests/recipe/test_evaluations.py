@@ -45,11 +45,18 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def knn(**changes) -> dict:
-    return {"type": "knn", "every_epochs": 20.0, "forward_batch_size": 256, **changes}
+    return {"type": "knn", "every_epochs": 20.0, "forward_batch_size": 256, "layers": "last", **changes}
 
 
 def test_neighbours_every_20_epochs_are_the_default(read):
     assert read("") == [knn()]
+
+
+@pytest.mark.parametrize(
+    ("layers", "found"), [("last", "last"), ("each", "each"), ("[3, -1]", (3, -1)), ("[]", "last"), ("null", "last")]
+)
+def test_layers_are_the_last_or_each_or_some(read, layers, found):
+    assert read("", f"evaluate.knn.layers={layers}") == [knn(layers=found)]
 
 
 @pytest.mark.parametrize("evaluate", ["evaluate: []", "evaluate: null", "evaluate:"])
@@ -107,6 +114,7 @@ def test_overrides_call_an_entry_by_its_name_or_number(read, evaluate, overrides
         ("evaluate: [{type: knn, k: 0}]", [], "r.yaml:10:24: evaluate.0.k: must be greater than 0, got 0"),
         ("evaluate: [{type: knn, every_epochs: -1}]", [], "r.yaml:10:24: evaluate.0.every_epochs: must be at least 0"),
         ("evaluate: [{type: knn, every_epochs: yes}]", [], "evaluate.0.every_epochs: needs a number, got 'yes'"),
+        ("evaluate: [{type: knn, layers: all}]", [], "r.yaml:10:24: evaluate.0.layers: "),
         ("evaluate: [{k: 3}]", [], "r.yaml:10:12: evaluate.0: names no component; write 'type: NAME' here"),
         ("evaluate: [3]", [], "evaluate.0: needs the name of a component, or a mapping with 'type' and its options"),
         ("evaluate: knn", [], "r.yaml:10:1: evaluate: needs a list, got 'knn'"),
@@ -156,4 +164,4 @@ def test_a_resumed_run_may_be_evaluated_otherwise():
 
 
 def test_no_option_of_an_evaluation_may_be_called_like_a_key_of_every_entry():
-    assert {"type", *Evaluation.reserved} == set(EvaluationChoice.own_keys())
+    assert {"type", "layers", *Evaluation.reserved} == set(EvaluationChoice.own_keys())
