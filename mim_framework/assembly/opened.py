@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from mim_framework.assembly.builder import Builder, Model, build_model, build_source
 from mim_framework.assembly.weights import load_into, load_tensors, named_part, some
-from mim_framework.base.errors import CheckpointError, MimError, RecipeError
+from mim_framework.base.errors import CheckpointError, MimError, PluginError, RecipeError
 from mim_framework.base.text import plain_logger
 from mim_framework.checkpoints.checkpoint import Checkpoint, find_latest, load
 from mim_framework.contract.components import Encoder, Source, ViewBuilder
 from mim_framework.recipe.draft import load_written
 from mim_framework.recipe.recipe import Recipe
+from mim_framework.registry.installed import BUILTINS
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import choose_device
 
@@ -29,15 +36,64 @@ class LoadedRun(Model):
     device: torch.device
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where an encoder comes from: None where its files do not tell."""
+
+    subject: str
+    """As it was named."""
+    kind: str
+    """run, checkpoint, import, export, timm or random."""
+    encoder: str
+    """Name of the component, or of timm's model."""
+    method: str | None = None
+    """The plugin that brings what is not built in: of its objective, else of its encoder, target, decoder or masker."""
+    run: str | None = None
+    """Name of the run that trained it."""
+    step: int | None = None
+    """Optimizer steps of that run."""
+    images_seen: int | None = None
+    """Images in all those steps, with the total batch size of the run's recipe."""
+
+
 @dataclass
 class LoadedEncoder:
-    """The encoder of a finished or stopped run, before and after, and what it looks at; nothing else is built."""
+    """An encoder of any origin on `device`, before and after its training, and what it looks at.
 
-    recipe: Recipe
-    views: ViewBuilder
-    untrained: Encoder
+    `recipe`: that of its run, if it comes from one that is here. `draw`: makes the encoder as it was before training,
+    None where the "trained" one is not trained either.
+    """
+
     trained: Encoder
+    views: ViewBuilder
     device: torch.device
+    origin: Origin
+    recipe: Recipe | None = None
+    draw: Callable[[], Encoder] | None = None
+
+    @cached_property
+    def untrained(self) -> Encoder | None:
+        """The encoder from which training started, or another one drawn like it; made when it is first asked for.
+
+        Raises:
+            CheckpointError: if the weights that the run started from are gone or do not fit.
+        """
+        return None if self.draw is None else self.draw().to(self.device)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of names, types, shapes and values of all weights and buffers that are saved: equal for equal encoders."""
+        return hash_of(self.trained)
+
+
+def hash_of(module: nn.Module) -> str:
+    """SHA-256 over the state of a module, in hexadecimal: names, types, shapes and values, in the order of names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        found.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        found.update(values.reshape(-1).view(torch.uint8).numpy() if values.numel() else b"")
+    return found.hexdigest()
 
 
 def load_run(run_dir: Path, *, checkpoint: Path | None = None, registry: Registry | None = None) -> LoadedRun:
@@ -67,7 +123,7 @@ def load_run(run_dir: Path, *, checkpoint: Path | None = None, registry: Registr
 def load_encoder(run_dir: Path, *, checkpoint: Path | None = None, registry: Registry | None = None) -> LoadedEncoder:
     """Only the encoder of a run directory, for which neither teachers nor stored tokens are needed.
 
-    It comes twice, with the weights from which the run started and with those of a checkpoint, on the recipe's device.
+    It has the weights of a checkpoint, and is on the recipe's device; `untrained` has those from which the run started.
 
     Args:
         checkpoint: by default the newest whole one of the run.
@@ -78,16 +134,48 @@ def load_encoder(run_dir: Path, *, checkpoint: Path | None = None, registry: Reg
     """
     registry = registry or Registry()
     recipe, device = recipe_of_run(run_dir, registry)
-    _, _, trained = _built_encoder(recipe, registry)
+    _, views, trained = _built_encoder(recipe, registry)
     found = _checkpoint_of_run(run_dir, checkpoint)
     weights = named_part(found.tensors("model"), "encoder.", found.path)
     if lacking := load_tensors(trained, weights, found.path):
         raise CheckpointError(f"{found.path} lacks {some(lacking)} of encoder '{trained.name}'")
-    builder, views, untrained = _built_encoder(recipe, registry)
-    builder.load_published("encoder", untrained)
-    if recipe.init is not None:
-        load_into(untrained, Path(recipe.init), prefix="encoder.")
-    return LoadedEncoder(recipe, views, untrained.to(device), trained.to(device), device)
+
+    def draw() -> Encoder:
+        builder, _, untrained = _built_encoder(recipe, registry)
+        builder.load_published("encoder", untrained)
+        if recipe.init is not None:
+            load_into(untrained, Path(recipe.init), prefix="encoder.")
+        return untrained
+
+    origin = Origin(
+        str(checkpoint or run_dir),
+        "checkpoint" if checkpoint else "run",
+        trained.name,
+        method_of(parts_of(recipe.model_dump(mode="json")), registry),
+        run=recipe.name,
+        step=found.step,
+        images_seen=found.step * recipe.train.total_batch_size,
+    )
+    return LoadedEncoder(trained.to(device), views, device, origin, recipe, draw)
+
+
+def parts_of(slots: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(slot, component's name) of the slots by which a method is known, the most telling ones first."""
+    heads = [slots, *(slots.get("heads") or {}).values()]
+    places = [("objective", slots), ("encoder", slots)]
+    places += [(slot, head) for slot in ("target", "decoder", "loss") for head in heads]
+    return [(slot, place[slot]["type"]) for slot, place in [*places, ("masker", slots)] if place.get(slot)]
+
+
+def method_of(parts: Iterable[tuple[str, str]], registry: Registry) -> str | None:
+    """The first plugin that is not the built-in one among those that bring these components and can be used."""
+    plugins = {info.module.partition(".")[0]: info.name for info in registry.plugins() if info.name != BUILTINS}
+    for kind, name in parts:
+        with suppress(PluginError):
+            package = registry.find(kind, name).__module__.partition(".")[0]
+            if package in plugins:
+                return plugins[package]
+    return None
 
 
 def _built_encoder(recipe: Recipe, registry: Registry) -> tuple[Builder, ViewBuilder, Encoder]:

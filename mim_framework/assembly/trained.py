@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -34,7 +35,12 @@ class _Slots(BaseModel):
     views: Choice
 
 
-def _imported_slots(file: Path) -> tuple[Choice, Choice]:
+def imported_slots(file: Path) -> tuple[Choice, Choice, dict[str, Any]]:
+    """Encoder and views of the slots that `mim import` wrote, and all slots as data.
+
+    Raises:
+        CheckpointError: if they cannot be read.
+    """
     try:
         data = read_yaml(file.read_bytes(), str(file)).data
     except (OSError, RecipeError) as error:
@@ -42,7 +48,7 @@ def _imported_slots(file: Path) -> tuple[Choice, Choice]:
     slots, problems = validate(_Slots, data)
     if slots is None:
         raise CheckpointError(f"{file} is damaged: {describe(problems)}; mim import makes it anew")
-    return slots.encoder, slots.views
+    return slots.encoder, slots.views, data
 
 
 def trained_encoder(path: Path, registry: Registry) -> TrainedEncoder:
@@ -55,7 +61,7 @@ def trained_encoder(path: Path, registry: Registry) -> TrainedEncoder:
     recipes = [each / "recipe.yaml" for each in (folder, folder.parent.parent)]
     run = next((each for each in recipes if each.is_file()), None)
     if (folder / IMPORTED_SLOTS).is_file():
-        encoder, views = _imported_slots(folder / IMPORTED_SLOTS)
+        encoder, views, _ = imported_slots(folder / IMPORTED_SLOTS)
     elif run is not None and path.exists():
         recipe = load_written(run, registry)
         encoder, views = recipe.encoder, recipe.views

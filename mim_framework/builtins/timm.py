@@ -169,12 +169,25 @@ class TimmEncoder(Encoder):
         features = self.model.forward_features(view)
         if self.projection is not None:
             features = self.projection(features)
+        prefix = None
         if features.ndim == 3:
-            prefix, tokens = features[:, : self.num_prefix_tokens], features[:, self.num_prefix_tokens :]
-            return Latent(tokens, self.spec.grid, prefix=prefix if self.num_prefix_tokens else None)
-        channels_last = features.shape[-1] == self.spec.dim and features.shape[1] != self.spec.dim
-        tokens = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
-        return Latent(tokens, self.spec.grid)
+            tokens = features[:, self.num_prefix_tokens :]
+            prefix = features[:, : self.num_prefix_tokens] if self.num_prefix_tokens else None
+        else:
+            channels_last = features.shape[-1] == self.spec.dim and features.shape[1] != self.spec.dim
+            tokens = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+        if tokens.shape[1] != self.spec.grid.num_patches:
+            raise ValueError(self._no_grid(tokens.shape[1]))
+        return Latent(tokens, self.spec.grid, prefix=prefix)
+
+    def _no_grid(self, num_tokens: int) -> str:
+        size, stride = ("x".join(map(str, sizes)) for sizes in (self.img_size, self.spec.stride))
+        divided = all(pixels % side == 0 for pixels, side in zip(self.img_size, self.spec.stride, strict=True))
+        why = "it lays them out in a way of its own" if divided else "another size may do"
+        return (
+            f"timm's '{self.config.model}' gives {num_tokens} tokens of an image of {size} pixels, which are no grid "
+            f"of {self.spec.grid} tokens of {stride} pixels; {why}"
+        )
 
 
 def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:

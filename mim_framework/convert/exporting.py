@@ -10,9 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mim_framework.assembly.builder import build_model
-from mim_framework.assembly.weights import load_into
+from mim_framework.assembly.weights import load_tensors
 from mim_framework.base.errors import CheckpointError
 from mim_framework.base.files import replacing
+from mim_framework.checkpoints.checkpoint import find_latest
 from mim_framework.contract.components import CheckpointFormat
 from mim_framework.convert.records import RECORD, ExportRecord
 from mim_framework.recipe.draft import load_written
@@ -44,12 +45,15 @@ def export_run(run_dir: Path, to: str, output: Path | None = None, registry: Reg
         registry.find("encoder", recipe.encoder.type), registry.find("objective", recipe.objective.type), to, registry
     )
     model = build_model(recipe, registry, with_weights=False)
-    load_into(model.objective, run_dir)
+    found = find_latest(run_dir / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{run_dir} holds no checkpoint yet")
+    load_tensors(model.objective, found.tensors("model"), found.path)
     try:
         exported = checkpoint_format.export_state(model.objective.state_dict())
     except ValueError as error:
         raise CheckpointError(f"{run_dir} cannot be written in layout '{to}': {error}") from error
-    record = ExportRecord.of(model, checkpoint_format.name).data()
+    record = ExportRecord.of(model, checkpoint_format.name, found.step).data()
     output = output or run_dir / "export" / f"{to}{SUFFIX_OF.get(to, '.safetensors')}"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

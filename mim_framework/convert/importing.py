@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mim_framework.assembly.builder import build_model
+from mim_framework.assembly.builder import Model, build_model
 from mim_framework.assembly.trained import IMPORTED_SLOTS
 from mim_framework.assembly.weights import some
 from mim_framework.base.errors import CheckpointError, MimError
@@ -25,6 +25,7 @@ from mim_framework.checkpoints.checkpoint import IMPORTED_WEIGHTS
 from mim_framework.contract.components import CheckpointFormat
 from mim_framework.contract.mask import Grid
 from mim_framework.convert.reading import WRAPPERS, ForeignCheckpoint, groups_of, read_checkpoint, shown
+from mim_framework.convert.records import ExportRecord
 from mim_framework.convert.slots import DraftedSlots, draft_slots
 from mim_framework.layouts.tables import resize_bias_table, resize_position_table
 from mim_framework.recipe.recipe import Recipe
@@ -88,11 +89,11 @@ class ImportReport:
                 yield from (f"{name} {self.missing[name]}" for name in inside)
 
 
-def _foreign_faults(function: Callable[..., ImportReport]) -> Callable[..., ImportReport]:
+def _foreign_faults(function: Callable[..., Any]) -> Callable[..., Any]:
     """Whatever the layouts of plugins and torch raise on a file that is not what they expect, as a CheckpointError."""
 
     @wraps(function)
-    def told(file: Path, *args: Any, **kwargs: Any) -> ImportReport:
+    def told(file: Path, *args: Any, **kwargs: Any) -> Any:
         try:
             return function(file, *args, **kwargs)
         except MimError:
@@ -133,8 +134,72 @@ def import_checkpoint(
     registry = registry or Registry()
     foreign = read_checkpoint(file, key=key, prefix=prefix)
     checkpoint_format = _format_for(foreign, file, registry, layout)
+    read = _read_model(file, foreign, checkpoint_format, options or {}, registry)
+    wanted, drafted = read.model.objective.state_dict(), read.drafted
+    _check_finite(read.weights, file, allow_nonfinite)
+    folder = output or Path(file.stem)
+    report = ImportReport(
+        folder,
+        checkpoint_format.name,
+        matched=_shapes({name: tensor for name, tensor in read.weights.items() if name not in read.resized}),
+        resized=read.resized,
+        missing=_shapes({name: tensor for name, tensor in wanted.items() if name not in read.weights}),
+        unexpected=read.unexpected,
+        guesses={f"{where} {drafted.value(where)}": why for where, why in drafted.guesses.items()},
+        told=drafted.told,
+        remarks=read.remarks,
+    )
+    _write(report, file, read.weights, drafted, foreign)
+    return report
+
+
+@_foreign_faults
+def read_export(file: Path, registry: Registry) -> tuple[Model, dict[str, Tensor], ExportRecord]:
+    """What `mim export` wrote: the model of its slots, on the CPU and at random, its weights, and its record.
+
+    Raises:
+        CheckpointError: if the file cannot be used, or is none of these: nothing is guessed.
+    """
+    foreign = read_checkpoint(file)
+    if foreign.record is None:
+        raise CheckpointError(
+            f"{file} was not written by `mim export`, and does not say what its encoder is; `mim import {file}` makes "
+            "a folder that can be named instead"
+        )
+    layouts = registry.classes("checkpoint_format")
+    if foreign.record.layout not in layouts:
+        raise CheckpointError(
+            f"{file} is of layout '{foreign.record.layout}', and no installed plugin knows it{_list_of(layouts)}"
+        )
+    read = _read_model(file, foreign, layouts[foreign.record.layout](), {}, registry)
+    return read.model, read.weights, foreign.record
+
+
+def _list_of(layouts: Mapping[str, object]) -> str:
+    return f" (known: {', '.join(sorted(layouts))})" if layouts else ""
+
+
+@dataclass(frozen=True)
+class _ReadModel:
+    """A foreign file under our names, with the model of its slots, which still has random weights."""
+
+    drafted: DraftedSlots
+    model: Model
+    weights: dict[str, Tensor]
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    unexpected: dict[str, tuple[int, ...]]
+    remarks: list[str]
+
+
+def _read_model(
+    file: Path,
+    foreign: ForeignCheckpoint,
+    checkpoint_format: CheckpointFormat,
+    options: Mapping[str, Any],
+    registry: Registry,
+) -> _ReadModel:
     try:
-        drafted = draft_slots(checkpoint_format, foreign, options or {}, registry, file)
+        drafted = draft_slots(checkpoint_format, foreign, options, registry, file)
         imported = checkpoint_format.import_state(foreign.state)
     except (ValueError, LookupError) as error:
         text = str(error) if isinstance(error, ValueError) else f"it lacks {error}"
@@ -154,22 +219,9 @@ def import_checkpoint(
         if name in wanted and tensor.shape != wanted[name].shape:
             found[name] = _fit(name, tensor, wanted[name], model.specs.encoder.grid, checkpoint_format, file)
             resized[name] = tuple(tensor.shape), tuple(wanted[name].shape)
-    kept = {name: tensor.contiguous() for name, tensor in found.items() if name in wanted}
-    _check_finite(kept, file, allow_nonfinite)
-    folder = output or Path(file.stem)
-    report = ImportReport(
-        folder,
-        checkpoint_format.name,
-        matched=_shapes({name: tensor for name, tensor in kept.items() if name not in resized}),
-        resized=resized,
-        missing=_shapes({name: tensor for name, tensor in wanted.items() if name not in kept}),
-        unexpected=_shapes({name: tensor for name, tensor in found.items() if name not in wanted}),
-        guesses={f"{where} {drafted.value(where)}": why for where, why in drafted.guesses.items()},
-        told=drafted.told,
-        remarks=remarks,
-    )
-    _write(report, file, kept, drafted, foreign)
-    return report
+    weights = {name: tensor.contiguous() for name, tensor in found.items() if name in wanted}
+    unexpected = _shapes({name: tensor for name, tensor in found.items() if name not in wanted})
+    return _ReadModel(drafted, model, weights, resized, unexpected, remarks)
 
 
 def _cause(error: Exception) -> str:

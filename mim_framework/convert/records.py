@@ -15,13 +15,19 @@ SLOTS = ("views", "masker", "encoder", "target", "decoder", "loss", "heads", "ob
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """The layout of an export, and the slots of the run that it comes from."""
+    """The layout of an export, and the slots of the run that it comes from.
+
+    `run`, `step`, `images_seen`: its name, its optimizer steps so far, and the images in them; None in older files.
+    """
 
     layout: str
     slots: dict[str, dict[str, Any]]
+    run: str | None = None
+    step: int | None = None
+    images_seen: int | None = None
 
     @classmethod
-    def of(cls, model: Model, layout: str) -> ExportRecord:
+    def of(cls, model: Model, layout: str, step: int) -> ExportRecord:
         """The slots with all their options; a size that the recipe left to its tokenizer is written out."""
         data = model.recipe.model_dump(mode="json", exclude_none=True, include=set(SLOTS))
         slots = {slot: data[slot] for slot in SLOTS if data.get(slot)}
@@ -30,11 +36,13 @@ class ExportRecord:
             where["target"] = section.target.model_dump(mode="json")
             if section.target.options.get("vocab_size", 0) is None:
                 where["target"]["vocab_size"] = model.objective.heads[name].target.spec.dim
-        return cls(layout, slots)
+        return cls(layout, slots, model.recipe.name, step, step * model.recipe.train.total_batch_size)
 
     def data(self) -> dict[str, Any]:
         """Dictionaries, lists, texts and numbers alone."""
-        return {"format": FORMAT, "layout": self.layout, "slots": self.slots}
+        trained = {"run": self.run, "step": self.step, "images_seen": self.images_seen}
+        known = {name: value for name, value in trained.items() if value is not None}
+        return {"format": FORMAT, "layout": self.layout, "slots": self.slots, **known}
 
     @classmethod
     def read(cls, data: Any) -> ExportRecord | None:
@@ -45,4 +53,9 @@ class ExportRecord:
         if not isinstance(layout, str) or not isinstance(slots, dict):
             return None
         known = {slot: slots[slot] for slot in SLOTS if isinstance(slots.get(slot), dict)}
-        return cls(layout, known) if known.keys() >= {"views", "encoder"} else None
+        if not known.keys() >= {"views", "encoder"}:
+            return None
+        run, counts = data.get("run"), [data.get(name) for name in ("step", "images_seen")]
+        return cls(
+            layout, known, run if isinstance(run, str) else None, *(n if isinstance(n, int) else None for n in counts)
+        )
