@@ -1,7 +1,8 @@
 """MIM Framework: masked image modeling pre-training, assembled from plugins by a recipe.
 
-Importing this package is cheap: torch is imported when a name that needs it is first used. Plugins import from here,
-from `mim_framework.nn`, `mim_framework.layouts` and `mim_framework.testing`, and from nothing else.
+Importing this package is cheap: torch is imported when a name that needs it is first used. `load` opens an encoder for
+its features. Plugins import from here, from `mim_framework.nn`, `mim_framework.layouts` and `mim_framework.testing`,
+and from nothing else.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _HOME = {
     "recipe.draft": ["load_recipe"],
     "training.trainer": ["Trainer", "train"],
     "convert.importing": ["import_checkpoint"],
+    "features.encoder": ["FrozenEncoder", "load"],
     "contract.evaluation": ["Estimate", "Evaluation", "Features", "Subject", "check_features"],
     "builtins.objectives": ["MaskedPrediction"],
     "builtins.vit": ["ViTSizes", "MaskTokenViT", "BEiTViT"],
