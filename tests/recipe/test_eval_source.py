@@ -39,7 +39,7 @@ def read(tmp_path, monkeypatch):
 def test_any_source_with_its_options_can_stand_there(read, key):
     assert getattr(read({"source": FOLDER}).data, key) is None
     chosen = getattr(read({"source": FOLDER}, f"data.{key}=digits").data, key)
-    assert (chosen.type, chosen.options) == ("digits", {"split": "train"})
+    assert (chosen.type, chosen.options) == ("digits", {"split": "train", "shift": 0})
     chosen = getattr(read({"source": FOLDER}, f"data.{key}.type=folder", f"data.{key}.root=t").data, key)
     assert (chosen.options["root"], chosen.options["pages"]) == ("t", "first")
 
