@@ -16,6 +16,7 @@ from mim_framework.base.schedule import Curve, Schedule, extremes
 from mim_framework.base.section import Section
 from mim_framework.contract.components import Encoder
 from mim_framework.contract.step import Step
+from mim_framework.runtime.lars import LARS
 from mim_framework.runtime.sharding import local, whole
 
 
@@ -34,8 +35,9 @@ class OptimSection(Section):
     """One optimizer with its learning rate, schedule and clipping."""
 
     type: str = "adamw"
-    """`adamw` (torch, fused) or a name of `timm.optim.list_optimizers()`: lamb, lars, lion, muon, sgd, ... `lamb` clips
-    the gradients of all its parameters to norm 1 itself: `options: {max_grad_norm: 5}` changes that, null ends it."""
+    """`adamw` (torch, fused), `lars_mocov3` (that of official linear probes: no trust ratio and no decay of biases), or
+    a name of `timm.optim.list_optimizers()`: lamb, lars, lion, muon, sgd, ... `lamb` clips the gradients of all its
+    parameters to norm 1 itself: `options: {max_grad_norm: 5}` changes that, null ends it."""
     base_lr: float | None = Field(None, gt=0)
     """Learning rate per `lr_per_images` images of the total batch: lr = base_lr * total_batch_size / lr_per_images."""
     lr_per_images: int = Field(256, gt=0)
@@ -71,6 +73,9 @@ class OptimSection(Section):
     layer_decay: float | None = Field(None, gt=0, le=1)
     """Factor on the learning rate from one layer of the encoder to the one before it, for fine-tuning: a parameter of
     layer i of n (`Encoder.layer_of`) has the rate times layer_decay ** (n - 1 - i), what is no encoder has 1."""
+    layer_decay_of: Literal["rate", "peak"] = "rate"
+    """What `layer_decay` and the factors of `multipliers` scale: the rate of every step, so that `min_lr` is scaled too
+    (MAE, BEiT), or only the peak, so that the warm-up begins and the run ends at one rate for all (SimMIM)."""
     multipliers: tuple[MultiplierSection, ...] = ()
     """Factors for parameters by name, for example `[{parameters: ["*.bias"], lr: 2.0, weight_decay: 0.0}]`. All that
     match a parameter are multiplied, also with `layer_decay`; their order does not matter."""
@@ -227,8 +232,13 @@ class Optimizer:
         self.lr = step.value(self.lr_curve)
         weight_decay = step.value(self.section.weight_decay)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * group["lr_scale"]
+            group["lr"] = self._lr_of(step, group["lr_scale"])
             group["weight_decay"] = weight_decay * group["decay_scale"]
+
+    def _lr_of(self, step: Step, scale: float) -> float:
+        if self.section.layer_decay_of == "rate":
+            return self.lr * scale
+        return step.value(self.lr_curve.model_copy(update={"start": self.lr_curve.start * scale}))
 
     def clip(self) -> torch.Tensor:
         """Clip the gradients if the recipe says so; returns their total norm before, a 0-dim tensor."""
@@ -274,6 +284,8 @@ def _check_reach(section: OptimSection, names: list[str], layers_above: Mapping[
 def _create(section: OptimSection, groups: list[dict[str, Any]], peak_lr: float) -> torch.optim.Optimizer:
     import timm.optim
 
+    if section.type == "lars_mocov3":
+        return _lars(section, groups, peak_lr)
     known = timm.optim.list_optimizers()
     if section.type not in known:
         some = "adamw, lamb, lars, lion, muon, sgd"
@@ -297,6 +309,16 @@ def _create(section: OptimSection, groups: list[dict[str, Any]], peak_lr: float)
         return timm.optim.create_optimizer_v2(groups, opt=section.type, lr=peak_lr, **own, **section.options)
     except Exception as error:  # a class takes what arguments it likes, and may need a library or a device
         raise ValueError(f"'{section.type}' cannot be made: {type(error).__name__}: {error}") from error
+
+
+def _lars(section: OptimSection, groups: list[dict[str, Any]], peak_lr: float) -> LARS:
+    for name in ("betas", "eps"):
+        if getattr(section, name) is not None:
+            raise ValueError(f"'lars_mocov3' takes no {name}, got {getattr(section, name)}")
+    try:
+        return LARS(groups, lr=peak_lr, **section.options)
+    except TypeError as error:
+        raise ValueError(f"'lars_mocov3' cannot be made: {error}") from error
 
 
 def assign(
