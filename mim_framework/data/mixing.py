@@ -1,9 +1,10 @@
 """Mixup and CutMix: each image of a pair takes a part of the other one, and of its label.
 
-The semantics are those of `timm.data.mixup.Mixup` in its batch mode, with which the official fine-tunings were made.
-Two things differ, so that ranks, micro-batches and a resume agree: the draw belongs to the optimizer step, where timm
-draws for the micro-batch of each rank, and the partner of an image is its neighbour (positions 2k and 2k + 1), where
-timm takes the row as far from the end of the micro-batch as it is from its start.
+The semantics are those of `timm.data.mixup.Mixup` in its batch and element modes, with the first of which the official
+fine-tunings were made. Two things differ, so that ranks, micro-batches and a resume agree: the draw belongs to the
+optimizer step (or to the position of an image), where timm draws for the micro-batch of each rank, and the partner of
+an image is its neighbour (positions 2k and 2k + 1), where timm takes the row as far from the end of the micro-batch as
+it is from its start.
 """
 
 from __future__ import annotations
@@ -47,10 +48,51 @@ class Mix:
 
     def labels(self, labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
         """labels (B,) int64 -> probabilities (B, num_classes) float32, of which `smoothing` is spread evenly."""
-        low = smoothing / num_classes
-        soft = torch.full((len(labels), num_classes), low, device=labels.device)
-        soft.scatter_(1, labels[:, None], 1 - smoothing + low)
+        soft = smoothed(labels, num_classes, smoothing)
         return soft if self.share == 1.0 else soft * self.share + neighbours(soft) * (1 - self.share)
+
+
+@dataclass(frozen=True, eq=False)
+class MixOfEach:
+    """The same with numbers of its own for each image (timm's mode `elem`); partners are those of unmixed images.
+
+    `shares` (B,) float32; `regions` (B, H, W) bool, where the partner shows of images that CutMix cuts; `cut` (B,).
+    """
+
+    shares: Tensor
+    regions: Tensor
+    cut: Tensor
+
+    @classmethod
+    def of(cls, mixes: Sequence[Mix], height: int, width: int) -> MixOfEach:
+        """One for each of some draws."""
+        regions = torch.zeros(len(mixes), height, width, dtype=torch.bool)
+        for region, mix in zip(regions, mixes, strict=True):
+            if mix.rows is not None and mix.columns is not None:
+                region[slice(*mix.rows), slice(*mix.columns)] = True
+        cut = torch.tensor([mix.rows is not None for mix in mixes])
+        return cls(torch.tensor([mix.share for mix in mixes]), regions, cut)
+
+    def to(self, device: torch.device) -> MixOfEach:
+        return MixOfEach(self.shares.to(device), self.regions.to(device), self.cut.to(device))
+
+    def images(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W), B even -> the same shape."""
+        others, shares = neighbours(images), self.shares[:, None, None, None]
+        blended = images * shares + others * (1 - shares)
+        return torch.where(self.cut[:, None, None, None], torch.where(self.regions[:, None], others, images), blended)
+
+    def labels(self, labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+        """labels (B,) int64 -> probabilities (B, num_classes) float32."""
+        soft, shares = smoothed(labels, num_classes, smoothing), self.shares[:, None]
+        return soft * shares + neighbours(soft) * (1 - shares)
+
+
+def smoothed(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """labels (B,) int64 -> probabilities (B, num_classes) float32, of which `smoothing` is spread evenly."""
+    low = smoothing / num_classes
+    soft = torch.full((len(labels), num_classes), low, device=labels.device)
+    return soft.scatter_(1, labels[:, None], 1 - smoothing + low)
 
 
 @dataclass(frozen=True)
@@ -64,7 +106,16 @@ class Mixing:
 
     def draw(self, seed: int, step: int, height: int, width: int) -> Mix:
         """What an optimizer step does to images of this size."""
-        apply, switch, *place = uniform_of_step(seed, step)
+        return self.drawn(uniform_of_step(seed, step), height, width)
+
+    def draw_each(self, rand: Tensor, height: int, width: int) -> MixOfEach:
+        """rand (B, NUM_RANDOM) uniform -> what is done to each of these images, on its device."""
+        mixes = [self.drawn(row, height, width) for row in rand.tolist()]
+        return MixOfEach.of(mixes, height, width).to(rand.device)
+
+    def drawn(self, uniform: Sequence[float], height: int, width: int) -> Mix:
+        """What these `NUM_RANDOM` uniform numbers in [0, 1) give."""
+        apply, switch, *place = uniform
         if apply >= self.mixup_prob or not (self.mixup or self.cutmix):
             return Mix()
         cut = self.cutmix > 0 and (not self.mixup or switch < self.switch_prob)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from itertools import permutations
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
@@ -21,6 +21,7 @@ from mim_framework.contract.components import ViewBuilder
 from mim_framework.contract.records import Sample, Views
 from mim_framework.contract.specs import ViewSpec
 from mim_framework.contract.step import Step
+from mim_framework.data.augment import NUM_ERASE_RANDOM, RandAugment, erase, erased_regions
 from mim_framework.data.decode import (
     MAX_PIXELS,
     PILLOW_MAX_PIXELS,
@@ -31,10 +32,12 @@ from mim_framework.data.decode import (
     open_image,
 )
 from mim_framework.data.labels import LABEL
-from mim_framework.data.mixing import Mixing
+from mim_framework.data.mixing import NUM_RANDOM, Mix, Mixing, MixOfEach
 from mim_framework.data.values import Alpha
 
-MIXING_OPTIONS = ("mixup", "cutmix", "mixup_prob", "switch_prob", "label_smoothing")
+MIXING_OPTIONS = ("mix_mode", "mixup", "cutmix", "mixup_prob", "switch_prob", "label_smoothing")
+UNSAID = {"crop": "retry", "rand_augment": None, "erase": 0.0, "eval_view": "central_box", "eval_crop": 0.875}
+"""Options as they were before there were any: a cache of tokens from then does not name them."""
 HUE = 3
 """Place of the hue among the strengths of `jitter_color`."""
 CROP_TRIES = 10
@@ -74,6 +77,28 @@ def random_resized_crop_box(
             left = int(rand[2 * CROP_TRIES + 1] * (width - crop_width + 1))
             return Box(top, left, crop_height, crop_width)
     return central_crop_box(height, width, ratio)
+
+
+def crop_box_drawn_once(
+    rand: Sequence[float], height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+    """The box of MAE's linear probe (`util/crop.py`): one draw of area and aspect ratio, each side cut to the image.
+
+    Arguments as of `random_resized_crop_box`; the position is read from the same places of `rand`.
+    """
+    area = scale[0] + (scale[1] - scale[0]) * rand[0]
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    aspect = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * rand[1])
+    crop_height, crop_width = sides_of_crop(area, aspect, height, width)
+    top = int(rand[2 * CROP_TRIES] * (height - crop_height + 1))
+    left = int(rand[2 * CROP_TRIES + 1] * (width - crop_width + 1))
+    return Box(top, left, crop_height, crop_width)
+
+
+def sides_of_crop(area: float, aspect: float, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of a crop with a share of an image's area and width / height, cut to the image."""
+    pixels = area * height * width
+    return min(round(math.sqrt(pixels / aspect)), height), min(round(math.sqrt(pixels * aspect)), width)
 
 
 def jitter_color(image: Any, rand: Sequence[float], strengths: Sequence[float]) -> Any:
@@ -131,6 +156,41 @@ def resized_center_crop(image: Image, img_size: int | Sequence[int], interpolati
     return resized[:, top : top + height, left : left + width].contiguous()
 
 
+LONGEST = 8.0
+"""Of a longer image the central part of this aspect ratio stands for the whole, so that work and memory are bounded."""
+
+
+def resized_then_cropped(
+    image: Image, img_size: int | Sequence[int], interpolation: Interpolation, crop_share: float
+) -> Tensor:
+    """The evaluation view of official fine-tunings: the whole image resized, then its central part.
+
+    Returns:
+        uint8 (C, height, width).
+    """
+    height, width = height_width(img_size)
+    whole = central_crop_box(*image.size, (1 / LONGEST, LONGEST))
+    (tall, wide), top, left = resize_and_center(whole.height, whole.width, (height, width), crop_share)
+    resized = image.crop(*whole, (tall, wide), interpolation=interpolation)
+    return resized[:, top : top + height, left : left + width].contiguous()
+
+
+def resize_and_center(
+    height: int, width: int, size: tuple[int, int], crop_share: float
+) -> tuple[tuple[int, int], int, int]:
+    """Height and width of the resized image, top and left of its central part, as torchvision computes them.
+
+    The shorter side becomes that of `size` divided by `crop_share`, rounded down, the longer one keeps its proportion.
+    A view that is no square has all of its sides inside.
+    """
+    wanted = int(size[0] / crop_share + 1e-6), int(size[1] / crop_share + 1e-6)  # 224 / (224 / 235) is 235
+    if width * wanted[0] <= height * wanted[1]:  # the width is the scarce one
+        resized = int(wanted[1] * height / width), wanted[1]
+    else:
+        resized = wanted[0], int(wanted[0] * width / height)
+    return resized, round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2)
+
+
 Side = Annotated[int, Field(gt=0, strict=True)]
 ImgSize = Side | tuple[Side, Side]
 """Option: pixels of a square, or [height, width]."""
@@ -177,6 +237,12 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+def _known_augment(text: str | None) -> str | None:
+    if text is not None:
+        RandAugment.parse(text)
+    return text
+
+
 class ImageViews(ViewBuilder):
     """One view "x": a random resized crop with a random horizontal flip, uint8 until it is on the device."""
 
@@ -190,8 +256,22 @@ class ImageViews(ViewBuilder):
         """Smallest and largest share of the image's area that a crop covers."""
         ratio: Annotated[tuple[Positive, Positive], AfterValidator(increasing)] = (3 / 4, 4 / 3)
         """Smallest and largest width / height of a crop, before it is resized to the shape of the view."""
+        crop: Literal["retry", "once"] = "retry"
+        """How a crop is drawn: `retry` up to ten times until it fits into the image, or `once`, its sides cut to the
+        image, as in MAE's linear probe."""
         flip: float = Field(0.5, ge=0, le=1)
         """Probability of a horizontal flip."""
+        rand_augment: Annotated[str | None, AfterValidator(_known_augment)] = None
+        """RandAugment in timm's notation, such as `rand-m9-mstd0.5-inc1`; null for none."""
+        erase: float = Field(0.0, ge=0, le=1)
+        """Probability that a rectangle of the normalised view becomes noise (random erasing)."""
+        eval_view: Literal["central_box", "resize_crop"] = "central_box"
+        """What evaluations look at. `central_box` cuts the largest box of the view's shape and leaves an eighth around
+        the centre out where the image is larger than the view. `resize_crop` is what official fine-tunings do: resize
+        the whole image, however small, and take the centre."""
+        eval_crop: float = Field(0.875, gt=0, le=1)
+        """With `resize_crop`, the share of the resized shorter side that is taken: 0.875 for 224 of 256 pixels, 1 for
+        all of it."""
         interpolation: Interpolation = "bicubic"
         """Filter of the resize, always with antialiasing: bicubic, bilinear or lanczos."""
         mean: Annotated[tuple[float, ...], Field(min_length=1)] = (0.485, 0.456, 0.406)
@@ -213,6 +293,8 @@ class ImageViews(ViewBuilder):
         scaled_decode: bool = True
         """Decode a large JPEG at 1/2, 1/4 or 1/8 size where the crop keeps twice the resolution of the view. Pixels
         differ slightly (under 1.5 of 255 levels on average); false for full-resolution decoding."""
+        mix_mode: Literal["batch", "element"] = "batch"
+        """One draw of mixup or cutmix for all images of a step, or one for each."""
         mixup: float = Field(0.0, ge=0, le=1)
         """Blend pairs of images and their labels by shares from Beta(mixup, mixup), one draw per step; 0 for none."""
         cutmix: float = Field(0.0, ge=0, le=1)
@@ -226,6 +308,8 @@ class ImageViews(ViewBuilder):
 
         @model_validator(mode="after")
         def _channels(self) -> ImageViews.Config:
+            if self.rand_augment is not None and len(self.mean) != 3:
+                raise ValueError(f"'rand_augment' needs RGB images, 'mean' has {len(self.mean)} channels")
             return one_for_each_channel(self)
 
     config: Config
@@ -237,8 +321,15 @@ class ImageViews(ViewBuilder):
         self.specs = {"x": ViewSpec("x", size=self.size, in_chans=self.in_chans, mean=c.mean, std=c.std)}
         jpeg_decoder(c.decoder)  # imported before workers fork, and refused here if it is missing
         self._normalisation: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.augment: RandAugment | None = None
+        self.erase = 0.0
         if isinstance(c, ImageViews.Config):  # a subclass may have options of its own, without these
+            self.erase = c.erase
+            if c.rand_augment is not None:
+                self.augment = RandAugment.parse(c.rand_augment)
+                self.num_random += self.augment.num_random
             self.mixing = Mixing(c.mixup, c.cutmix, c.mixup_prob, c.switch_prob)
+            self.fill = tuple(round(255 * mean) for mean in c.mean)
             self.batch_multiple = 2 if c.mixup or c.cutmix else 1
             self.mixes_labels = bool(c.mixup or c.cutmix or c.label_smoothing)
 
@@ -265,19 +356,30 @@ class ImageViews(ViewBuilder):
         c = self.config
         numbers = rand.tolist()
         image = self.open(sample)
-        box = random_resized_crop_box(numbers, *image.size, c.scale, c.ratio)
+        draw = crop_box_drawn_once if getattr(c, "crop", "retry") == "once" else random_resized_crop_box
+        box = draw(numbers, *image.size, c.scale, c.ratio)
         flip = numbers[NUM_CROP_RANDOM] < c.flip
-        return {"x": image.crop(*box, self.size, flip, c.interpolation)}
+        x = image.crop(*box, self.size, flip, c.interpolation)
+        return {"x": x if self.augment is None else self.augment(x, numbers[NUM_CROP_RANDOM + 1 :], self.fill)}
 
     def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
-        """x uint8 (B, C, H, W) on the device -> normalised float32; in training mixed, and labels with them."""
+        """x uint8 (B, C, H, W) on the device -> normalised float32; in training erased, and mixed with its labels."""
         scale, shift = self._scale_and_shift(batch["x"].device)
         views = {**batch, "x": batch["x"].float().mul_(scale).add_(shift)}
+        if self.erase and step is not None:
+            height, width = views["x"].shape[-2:]
+            regions = erased_regions(step.rand("erase", NUM_ERASE_RANDOM), self.erase, height, width)
+            views["x"] = erase(views["x"], regions, step.rand("erase noise", views["x"][0].numel()))
         if self.mixes_labels and step is not None and LABEL in batch:
-            mix = self.mixing.draw(step.seed, step.index, *views["x"].shape[-2:])
+            mix = self._drawn(step, *views["x"].shape[-2:])
             views["x"] = mix.images(views["x"])
             views[LABEL] = mix.labels(batch[LABEL], self.num_classes, self.config.label_smoothing)
         return views
+
+    def _drawn(self, step: Step, height: int, width: int) -> Mix | MixOfEach:
+        if self.config.mix_mode == "batch":
+            return self.mixing.draw(step.seed, step.index, height, width)
+        return self.mixing.draw_each(step.rand("mixing of an image", NUM_RANDOM), height, width)
 
     def label_spec(self, given: ViewSpec) -> ViewSpec:
         if others := sorted(self.specs.keys() - {"x"}):
@@ -287,6 +389,9 @@ class ImageViews(ViewBuilder):
         return ViewSpec.of_kind("labels", given.name, self.num_classes, num_classes=given.num_classes)
 
     def evaluation_view(self, sample: Sample) -> Tensor:
+        c = self.config
+        if getattr(c, "eval_view", "central_box") == "resize_crop":
+            return resized_then_cropped(self.open(sample), self.size, c.interpolation, c.eval_crop)
         return resized_center_crop(self.open(sample), self.size, self.config.interpolation)
 
     def to_image(self, view: Tensor) -> Tensor:

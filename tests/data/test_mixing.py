@@ -14,7 +14,7 @@ from mim_framework.contract.records import Sample
 from mim_framework.contract.specs import ViewSpec
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
-from mim_framework.data.mixing import BETA_TRIES, Mix, Mixing, beta, cut_mix, neighbours, uniform_of_step
+from mim_framework.data.mixing import BETA_TRIES, Mix, Mixing, MixOfEach, beta, cut_mix, neighbours, uniform_of_step
 from mim_framework.data.views import ImageViews
 
 IMAGES = torch.rand(2, 3, 7, 10, generator=torch.Generator().manual_seed(0))
@@ -154,3 +154,29 @@ def test_a_builder_of_several_views_refuses_to_mix_one_of_them():
     views = Two(ImageViews.Config(mixup=0.8))
     with pytest.raises(ValueError, match="are for builders of one view 'x'; there is y beside it"):
         views.label_spec(ViewSpec.of_kind("labels", "label", num_classes=2))
+
+
+def test_mixing_of_each_image_is_that_of_its_own_draw():
+    images, labels = torch.rand(4, 3, 6, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+    draws = [Mix(0.3), cut_mix(0.5, 0.4, 0.6, 6, 8), Mix(), Mix(0.9)]
+    each = MixOfEach.of(draws, 6, 8)
+    mixed, soft = each.images(images), each.labels(labels, 3, 0.1)
+    for number, mix in enumerate(draws):
+        assert torch.allclose(mixed[number], mix.images(images)[number], atol=1e-7)
+        assert torch.allclose(soft[number], mix.labels(labels, 3, 0.1)[number], atol=1e-7)
+
+
+def test_each_image_has_the_draw_of_its_position():
+    views = ImageViews(ImageViews.Config(img_size=8, mixup=0.8, cutmix=1.0, mix_mode="element"))
+    views.label_spec(ViewSpec.of_kind("labels", "label", num_classes=5))
+    batch = {"x": (torch.rand(6, 3, 8, 8) * 255).to(torch.uint8), "label": torch.arange(6) % 5}
+
+    def prepared(rows: slice) -> dict:
+        step = Step(3, 9, 0.0, 1.0, torch.arange(6)[rows], 0, World())
+        return views.prepare(step, {name: each[rows] for name, each in batch.items()})
+
+    whole, part = prepared(slice(0, 6)), prepared(slice(2, 6))
+    for name in ("x", "label"):
+        assert torch.equal(whole[name][2:], part[name])
+    shares = whole["label"].max(1).values
+    assert len(shares.unique()) > 2

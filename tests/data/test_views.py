@@ -10,6 +10,7 @@ import torch
 from PIL import Image as pil
 from pydantic import ValidationError
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from mim_framework.base.errors import DataError
 from mim_framework.contract.records import Sample
@@ -19,7 +20,9 @@ from mim_framework.data.views import (
     Box,
     ImageViews,
     central_crop_box,
+    crop_box_drawn_once,
     random_resized_crop_box,
+    resize_and_center,
     resized_center_crop,
 )
 
@@ -231,3 +234,35 @@ def test_a_decoder_that_is_missing_is_refused_before_any_worker_starts(monkeypat
             image_views(decoder="torchcodec")
     finally:
         jpeg_decoder.cache_clear()
+
+
+def test_a_crop_drawn_once_is_cut_to_the_image_where_an_ordinary_one_would_be_drawn_again():
+    rand = [0.99, 0.99] + [0.0] * (NUM_CROP_RANDOM - 2)  # nearly all of the area, much wider than the image is
+    scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
+    once = crop_box_drawn_once(rand, 100, 50, scale, ratio)
+    assert (once.width, once.top, once.left) == (50, 0, 0)
+    assert once.height == 61
+    again = random_resized_crop_box(rand, 100, 50, scale, ratio)
+    assert (again.height, again.width) != (once.height, once.width)
+    last = crop_box_drawn_once([0.2, 0.5] + [0.9999] * (NUM_CROP_RANDOM - 2), 100, 50, scale, ratio)
+    assert (last.top + last.height, last.left + last.width) == (100, 50)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (16, 16), (8, 30)])
+def test_the_evaluation_view_of_fine_tuning_is_that_of_torchvision(tmp_path, size):
+    """The whole image is resized, also a small one; pixels are those of `Resize` and `CenterCrop`, to 1 of 255."""
+    picture = pil.fromarray((np.random.default_rng(0).random((*size, 3)) * 255).astype("uint8"))
+    picture.save(tmp_path / "a.png")
+    sample = Sample((tmp_path / "a.png").read_bytes(), "a.png")
+    views = ImageViews(ImageViews.Config(img_size=14, eval_view="resize_crop"))
+    official = v2.Compose([v2.Resize(16, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(14)])(picture)
+    difference = views.evaluation_view(sample).int() - v2.functional.pil_to_tensor(official).int()
+    assert difference.abs().max() <= 1
+
+
+def test_a_panorama_is_resized_in_part(tmp_path):
+    pil.new("RGB", (4000, 4)).save(tmp_path / "a.png")
+    sample = Sample((tmp_path / "a.png").read_bytes(), "a.png")
+    views = ImageViews(ImageViews.Config(img_size=14, eval_view="resize_crop", eval_crop=1.0))
+    assert views.evaluation_view(sample).shape == (3, 14, 14)
+    assert resize_and_center(4, 32, (14, 14), 1.0) == ((14, 112), 0, 49)
