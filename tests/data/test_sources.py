@@ -386,3 +386,33 @@ def test_unknown_data_sets_and_splits_are_refused():
         TorchvisionSource.Config(dataset="CIFAR10", root="x", split="unlabeled")
     with pytest.raises(ValidationError, match="dataset"):
         TorchvisionSource.Config(dataset="FakeData", root="x")
+
+
+def test_a_list_chooses_images_by_path_or_by_a_name_that_occurs_once(tmp_path):
+    root = tmp_path / "images"
+    write(root, ["cat/1.png", "cat/2.png", "dog/1.png", "dog/3.png", "cow/4.png"])
+    (tmp_path / "list.txt").write_text("dog/1.png\n\n3.png\n./cat/2.png\n")
+    source = folder_source(root, labels=True, list=str(tmp_path / "list.txt"))
+    assert [source.read(index).name for index in range(len(source))] == ["cat/2.png", "dog/1.png", "dog/3.png"]
+    assert source.classes == ["cat", "cow", "dog"]  # those of the whole folder
+    assert [source.read(index).label for index in range(3)] == [0, 2, 2]
+    assert source.identity() != folder_source(root, labels=True).identity()
+
+
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        ("1.png", "is not one image of .*: 2 files below it have that name; give the path"),
+        ("cat/9.png", "is not one image of .*: it has no such image"),
+        ("cat/2.png\n2.png", "lists '2.png' twice"),
+        ("\n", "lists no image"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_list_that_fits_nothing_is_told(tmp_path, lines, text):
+    root = tmp_path / "images"
+    write(root, ["cat/1.png", "cat/2.png", "dog/1.png"])
+    if lines is not None:
+        (tmp_path / "list.txt").write_text(lines)
+    with pytest.raises(DataError, match=f"data.source.list: .*{text}"):
+        folder_source(root, list=str(tmp_path / "list.txt"))

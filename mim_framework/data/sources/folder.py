@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from mim_framework.base.errors import BrokenImage, DataError
-from mim_framework.base.section import PathOrURL, Section
+from mim_framework.base.section import LocalPath, PathOrURL, Section
 from mim_framework.contract.components import Source
 from mim_framework.contract.records import Sample
 from mim_framework.data.decode import num_pages
@@ -53,6 +54,9 @@ class FolderSource(Source):
         labels: bool = False
         """Take the first folder below `root` as the class of an image. Pre-training does not need it, evaluations such
         as kNN do."""
+        list: LocalPath | None = Field(None, min_length=1)
+        """File of the images to take, one name in a line: the path below `root`, or the name of a file that occurs
+        there once, as in lists of 1 % of ImageNet. All others are left out; classes stay those of the whole folder."""
         pages: Literal["first", "each"] = "first"
         """What is read of a file of several pages or frames, such as a TIFF volume or a GIF: the first, or each as a
         sample of its own, named `file.tif#3`. For `each`, all files that may have pages are opened at the start."""
@@ -65,7 +69,9 @@ class FolderSource(Source):
         self.remote = self._store.remote
         self._skipped: Counter[str] = Counter()
         try:
-            names = sorted(self._images())
+            names = everything = sorted(self._images())
+            if self.config.list is not None and names:
+                names = chosen_by_list(Path(self.config.list), names, self.config.root)
             paged = [number for number, name in enumerate(names) if _suffix(name) in PAGED_SUFFIXES]
             pages = self._pages_of([names[number] for number in paged]) if self.config.pages == "each" else []
         except DataError:
@@ -83,13 +89,13 @@ class FolderSource(Source):
                 f"one of {' '.join(sorted(IMAGE_SUFFIXES))}; there are {', '.join(self.left_out()) or 'no files'}"
             )
         if self.config.labels:
-            loose = next((name for name in names if "/" not in name), None)
+            loose = next((name for name in everything if "/" not in name), None)
             if loose is not None:
                 raise DataError(
                     f"data.source.labels: '{loose}' lies directly in '{self.config.root}', not in a class folder; "
                     f"move it into one or set data.source.labels=false"
                 )
-            self.classes = sorted({_first_folder(name) for name in names})
+            self.classes = sorted({_first_folder(name) for name in everything})
             self._label_of = {name: label for label, name in enumerate(self.classes)}
 
     def __len__(self) -> int:
@@ -171,6 +177,35 @@ class FolderSource(Source):
 
         with ThreadPoolExecutor(THREADS) as pool:
             return list(pool.map(count, names))
+
+
+def chosen_by_list(file: Path, names: Sequence[str], root: str) -> list[str]:
+    """Those of the names below `root` that a file lists, in their order.
+
+    Raises:
+        DataError: if the file cannot be read, is empty, or lists what is not there, occurs several times or twice.
+    """
+    key = "data.source.list"
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{key}: {file} cannot be read: {error}") from error
+    wanted = [line.replace(os.sep, "/").removeprefix("./") for line in lines if line]
+    if not wanted:
+        raise DataError(f"{key}: {file} lists no image; it needs one name in a line")
+    paths, by_file = set(names), Counter(name.rpartition("/")[2] for name in names)
+    full = {name.rpartition("/")[2]: name for name in names}
+    chosen: set[str] = set()
+    for line in wanted:
+        if line not in paths and by_file[line] != 1:
+            several = f"{by_file[line]} files below it have that name; give the path"
+            why = several if by_file[line] else "it has no such image"
+            raise DataError(f"{key}: '{line}' of {file} is not one image of '{root}': {why}")
+        name = line if line in paths else full[line]
+        if name in chosen:
+            raise DataError(f"{key}: {file} lists '{line}' twice")
+        chosen.add(name)
+    return [name for name in names if name in chosen]
 
 
 def _starts(num_files: int, pages: dict[int, int]) -> array[int] | None:
