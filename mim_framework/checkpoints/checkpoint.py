@@ -52,6 +52,9 @@ class CheckpointSection(Section):
     """Number of newest checkpoints that are kept. With 2, a damaged one costs one interval and not the run."""
     keep_every_epochs: float = Field(0.0, ge=0)
     """Checkpoints that fall on a multiple of so many epochs are kept for good; 0 for none."""
+    keep_best: str | None = Field(None, min_length=1)
+    """Name of a number of an evaluation, such as `accuracy_top1`: the state at which it was highest is saved and kept
+    too, and recorded in `best.json` of the run. null for none."""
 
 
 class _File(Section):
@@ -213,16 +216,24 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return found.tensors("model")
 
 
-def prune(folder: Path, section: CheckpointSection, steps_per_epoch: int, *, before: int | None = None) -> None:
+def prune(
+    folder: Path,
+    section: CheckpointSection,
+    steps_per_epoch: int,
+    *,
+    before: int | None = None,
+    best: int | None = None,
+) -> None:
     """Delete all but the newest `section.keep` steps and those kept for good. A failure to delete only warns.
 
     Args:
         before: the newest of all steps before this one is kept too.
+        best: the checkpoint of this step is kept too.
     """
     precious = None if before is None else newest_before(folder, before)
     for path in list_checkpoints(folder)[: -section.keep]:
         every = section.keep_every_epochs
-        if path == precious:
+        if path == precious or step_of(path) == best:
             continue
         if every and step_of(path) % max(1, round(every * steps_per_epoch)) == 0:
             continue

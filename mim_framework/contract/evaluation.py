@@ -101,6 +101,13 @@ class Subject(Protocol):
     def raw_pixels(self, split: Split, *, limit: int | None = None, labelled: bool = True) -> Features:
         """The pixels of the same images in [0, 1], averaged down if they are many: what any encoder should beat."""
 
+    def logits(self, split: Split) -> Features:
+        """Scores (n, num_classes) of the labelled images of a split, by the classifier that was trained.
+
+        Raises:
+            DataError: if no classifier was trained, or there are no such images.
+        """
+
     def frozen(self) -> AbstractContextManager[None]:
         """For passes of one's own through `encoder`: evaluation mode, no gradients, the precision of the run."""
 

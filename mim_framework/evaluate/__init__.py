@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from mim_framework.contract.hooks import hookimpl
+from mim_framework.evaluate.accuracy import Accuracy
 from mim_framework.evaluate.knn import KNN
 
 
 @hookimpl
 def mim_evaluations():
-    return [KNN]
+    return [KNN, Accuracy]

@@ -13,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from mim_framework.base import rng
 from mim_framework.base.errors import DataError
 from mim_framework.base.text import plain_logger
-from mim_framework.contract.components import Encoder, Source, ViewBuilder
+from mim_framework.contract.components import Encoder, Objective, Source, ViewBuilder
 from mim_framework.contract.evaluation import Features, Pool, Split, check_features
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Views
@@ -59,6 +59,7 @@ class EncoderSubject:
         workers: processes that read images.
         batch_size: images per forward pass.
         precision: entered around forward passes, for autocast, or to gather sharded weights.
+        objective: what trains the encoder, which may classify images.
     """
 
     def __init__(
@@ -72,8 +73,9 @@ class EncoderSubject:
         workers: int = 0,
         batch_size: int = 256,
         precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+        objective: Objective | None = None,
     ) -> None:
-        self.encoder, self.views, self.splits = encoder, views, splits
+        self.encoder, self.views, self.splits, self.objective = encoder, views, splits, objective
         self.device, self.world = device, world
         self.workers, self.batch_size, self.precision = workers, batch_size, precision
         self._labels: dict[tuple[Split, int], Tensor] = {}
@@ -125,6 +127,25 @@ class EncoderSubject:
             DataError: if there are no such images.
         """
         return self._taken(split, None, [None], limit, labelled)
+
+    def logits(self, split: Split) -> Features:
+        """
+        Raises:
+            DataError: if no classifier was trained, or there are no such images.
+        """
+
+        def extract(views: Views) -> list[Tensor]:
+            scores = None if self.objective is None else self.objective.logits(views)
+            if scores is None:
+                raise DataError(
+                    "no classifier was trained here: its accuracy is that of an objective such as 'classify'"
+                )
+            return [scores]
+
+        with nullcontext() if self.objective is None else evaluation_mode(self.objective):
+            [x], y = self._extracted(split, len(self.source(split)), extract)
+        self._say_left_out(split, len(self.source(split)), y, labelled=True)
+        return Features(x[y != _UNLABELLED], y[y != _UNLABELLED])
 
     def _taken(
         self, split: Split, pool: Pool | None, layers: list[Layer], limit: int | None, labelled: bool
@@ -255,6 +276,13 @@ class PixelSubject:
 
     def raw_pixels(self, split: Split, *, limit: int | None = None, labelled: bool = True) -> Features:
         return self._subject.raw_pixels(split, limit=limit, labelled=labelled)
+
+    def logits(self, split: Split) -> Features:
+        """
+        Raises:
+            DataError: always; pixels have no classifier.
+        """
+        raise DataError("raw pixels have no classifier")
 
     def frozen(self) -> AbstractContextManager[None]:
         return self._subject.frozen()

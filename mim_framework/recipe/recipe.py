@@ -55,6 +55,23 @@ class HeadSection(Section):
     """The view that it predicts."""
 
 
+class PublishedSection(Section):
+    """What a paper reports for a recipe, told at the end of a run beside its own number."""
+
+    recipe: str
+    """The shipped recipe that the number is for: what another run does differently is told with it."""
+    metric: str = "accuracy_top1"
+    """Name of the number in the metrics of a run, a share."""
+    value: float
+    """The paper's number, in percent."""
+    source: str
+    """Where it stands."""
+    pretraining: str | None = None
+    """The shipped recipe of the pre-training before it, compared where `init` is a run."""
+    pretraining_epochs: float | None = Field(None, gt=0)
+    """Length of that pre-training, which may be longer than the recipe's."""
+
+
 class Recipe(Section):
     """All that makes a run. Slots hold a component's name, or `{type: NAME, ...}` with its options."""
 
@@ -104,6 +121,9 @@ class Recipe(Section):
     """What is written down on the way."""
     evaluate: Annotated[tuple[EvaluationChoice, ...], BeforeValidator(_none_for_null)] = (EvaluationChoice(type="knn"),)
     """Evaluations on the way, each made where its labels are there; `[]` for none."""
+
+    published: PublishedSection | None = None
+    """What the paper reports."""
 
     _file: str = PrivateAttr("recipe")
     _places: dict[str, str] = PrivateAttr(default_factory=dict)

@@ -37,7 +37,7 @@ MAY_CHANGE = (
     "data.source.labels", "data.source.retries", "data.source.timeout", "data.eval_source", "data.eval_train_source",
     "data.max_broken", "data.accept_changed_source", "data.tokens", "train.batch_size", "train.device",
     "train.precision", "train.distributed", "train.compile", "train.max_nonfinite_steps", "train.on_explosion",
-    "train.max_rewinds", "train.on_save_error", "train.step_timeout", "log", "checkpoint", "evaluate",
+    "train.max_rewinds", "train.on_save_error", "train.step_timeout", "log", "checkpoint", "evaluate", "published",
 )  # fmt: skip
 """Keys that a resumed run may change: none of them changes what is learned, beyond rounding."""
 
@@ -47,7 +47,7 @@ CHANGED_BY_WORD = ("train.epochs", "train.steps", "optim", "optimizers")
 the run goes on: schedules are functions of the step and of the length of the run, so that a cosine over more epochs
 stands higher at the same step."""
 
-NEVER_CHANGED = ("type", "parameters", "options", "layer_decay", "multipliers")
+NEVER_CHANGED = ("type", "parameters", "options", "layer_decay", "layer_decay_of", "multipliers")
 """Keys of an optimizer that decide what its state and its groups are."""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mim_framework.base.errors import DataError
-from mim_framework.contract.components import Encoder, ViewBuilder
+from mim_framework.contract.components import Encoder, Objective, ViewBuilder
 from mim_framework.contract.evaluation import Evaluation
 from mim_framework.contract.world import World
 from mim_framework.evaluate.base import EncoderSubject
@@ -44,6 +44,7 @@ class Evaluations:
     Args:
         encoder: what is judged; None if the objective has none, so that nothing is measured.
         precision: entered around forward passes, for autocast and to gather sharded weights.
+        objective: what trains the encoder, which may classify images itself.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class Evaluations:
         world: World = World(),
         workers: int = 0,
         precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+        objective: Objective | None = None,
     ) -> None:
         self.plan, self.encoder, self.views, self.splits = plan, encoder, views, splits
         self.device, self.world, self.workers, self.precision = device, world, workers, precision
+        self.objective = objective
         self._left_out: set[str] = set()
 
     def run_due(
@@ -69,8 +72,10 @@ class Evaluations:
         *,
         log: Callable[[int, dict[str, float]], None],
         note: Callable[[str], None],
-    ) -> None:
-        """After a step; `done` counts the finished ones. Every rank calls it, as a sharded encoder needs all of them.
+    ) -> dict[str, float]:
+        """After a step, of `done` finished ones: the numbers that were measured and logged, by name.
+
+        Every rank calls it, as a sharded encoder needs all of them.
 
         Args:
             due: whether what happens every so many epochs happens now.
@@ -79,10 +84,12 @@ class Evaluations:
         """
         now = [each for each in self.plan if due(each.every_epochs) and self._possible(each.evaluation, note)]
         if self.encoder is None or not now:
-            return
+            return {}
+        found: dict[str, float] = {}
         subject = EncoderSubject(
             self.encoder, self.views, self.splits, device=self.device, world=self.world, workers=self.workers,
             batch_size=min(each.forward_batch_size for each in now), precision=self.precision,
+            objective=self.objective,
         )  # fmt: skip
         for each in now:
             name = each.evaluation.name
@@ -91,8 +98,11 @@ class Evaluations:
             except DataError as error:  # the images of an evaluation are not worth a run
                 note(f"step {done}: no {name}: {error}")
                 continue
-            log(done, {f"{name}_{key}": value for key, value in numbers.items()})
+            named = {f"{name}_{key}": value for key, value in numbers.items()}
+            log(done, named)
+            found |= named
             note(f"step {done}: {name} {', '.join(f'{key} {value:.4g}' for key, value in numbers.items())}")
+        return found
 
     def _possible(self, evaluation: Evaluation, note: Callable[[str], None]) -> bool:
         """Whether there is what an evaluation needs; what is missing is told once."""

@@ -90,7 +90,11 @@ class Saver:
         def write() -> Path:
             path = checkpoint.save_checkpoint(self.folder, done, groups, content)
             before = done - rising if rising else None
-            checkpoint.prune(self.folder, run.recipe.checkpoint, run.steps_per_epoch, before=before)
+            best = numbers.get("best")
+            checkpoint.prune(
+                self.folder, run.recipe.checkpoint, run.steps_per_epoch, before=before,
+                best=None if best is None else best["step"],
+            )  # fmt: skip
             return path
 
         try:

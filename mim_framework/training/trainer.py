@@ -32,6 +32,7 @@ from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import process_group
 from mim_framework.runtime.metrics import MetricsWriter, as_picture
 from mim_framework.runtime.sharding import gradient_sync, whole_weights
+from mim_framework.training.best import Best
 from mim_framework.training.directory import prepare_directory, sole_run
 from mim_framework.training.evaluations import Evaluations, planned
 from mim_framework.training.explosion import Watch
@@ -41,6 +42,7 @@ from mim_framework.training.log import Log, counted_before
 from mim_framework.training.measured import History, Summary
 from mim_framework.training.pictures import draw_fixed
 from mim_framework.training.progress import Progress
+from mim_framework.training.published import comparison
 from mim_framework.training.run import Run
 from mim_framework.training.saving import Saver
 from mim_framework.training.setup import set_up
@@ -120,8 +122,11 @@ class Trainer:
         self.evaluations = Evaluations(
             planned(run.recipe, registry), self.objective.encoder, run.model.views, splits,
             device=run.device, world=run.world, workers=run.recipe.data.num_workers, precision=self._outside_a_step,
+            objective=self.objective,
         )  # fmt: skip
         self.watch, self.explosions = Watch(run.recipe), Explosions(run.dir)
+        self.best = Best(run.recipe.checkpoint.keep_best, run.dir)
+        self.measured: dict[str, float] = {}
         self.start, self.resumed = 0, None
 
     @classmethod
@@ -157,6 +162,7 @@ class Trainer:
             self.checkpoints.restore(found)
             self.start, self.resumed = found.step, found
             self.watch = Watch(self.run.recipe, found.state.get("watch"))
+            self.best = Best(self.best.metric, self.run.dir, found.state.get("best"))
             holes += found.state.get("left_out", [])
         self.run.layout = replace(self.run.layout, left_out=merged(holes))
 
@@ -352,20 +358,39 @@ class Trainer:
             if rise is not None:
                 self.explosions.answer(rise, run, self.checkpoints, self.log.note)
                 self.watch.accept()
-        if last or self.stop.agreed or self.checkpoints.due(done) or self._first_skipped(done, measured):
+        better = self.best.metric is not None and self._evaluate(done, last=last)  # before it is saved, with the state
+        if last or better or self.stop.agreed or self.checkpoints.due(done) or self._first_skipped(done, measured):
             must = last or self.stop.agreed
             self.checkpoints.save(done, self._numbers(), rising=self.watch.rising, must=must)
+        if better and run.world.is_main:
+            self.best.write()
         if self.stop.agreed and not last:
             self._leave_after(done)
-        self.evaluations.run_due(
-            done, lambda every: last or run.due(done, every), log=self.log.numbers, note=self.log.note
-        )
+        if self.best.metric is None:
+            self._evaluate(done, last=last)
         if last or run.due(done, recipe.log.images_every_epochs):
             self._draw(done)
+        if last and run.world.is_main and (line := comparison(recipe, self._reached(), self.registry)) is not None:
+            self.log.note(line)
+
+    def _evaluate(self, done: int, *, last: bool) -> bool:
+        """Make the evaluations that are due; whether the number that decides about the best state was never higher."""
+        due = lambda every: last or self.run.due(done, every)  # noqa: E731
+        found = self.evaluations.run_due(done, due, log=self.log.numbers, note=self.log.note)
+        self.measured |= found
+        return self.best.take(done, found)
+
+    def _reached(self) -> float | None:
+        """The number of this run that stands beside the published one: the best one kept, else the last."""
+        published, best = self.run.recipe.published, self.best.state
+        if published is None:
+            return None
+        return best["value"] if best and best["metric"] == published.metric else self.measured.get(published.metric)
 
     def _numbers(self, *, before_step: bool = False) -> dict[str, Any]:
         """What a resumed run must remember besides tensors; `before_step`: as it was before the step in the making."""
-        return {**self.log.state(before_step=before_step), "watch": self.watch.state()}
+        best = {} if self.best.state is None else {"best": self.best.state}
+        return {**self.log.state(before_step=before_step), "watch": self.watch.state(), **best}
 
     def _first_skipped(self, done: int, measured: Summary) -> bool:
         """Whether to keep the state for `mim replay`: at the first skipped step of a row, if its weights are finite."""
