@@ -6,7 +6,8 @@ does not fit is an error that names both sides, before any data is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from mim_framework.data.companions import Companion, TokenCache, example_of
 from mim_framework.data.labels import LABEL, Labels, num_classes_of
 from mim_framework.data.order import sample_order
 from mim_framework.data.stores import RemoteSection
-from mim_framework.data.views import MIXING_OPTIONS
+from mim_framework.data.views import MIXING_OPTIONS, UNSAID
 from mim_framework.evaluate.measure import check
 from mim_framework.nn.images import Renormalize
 from mim_framework.nn.patches import shown
@@ -192,11 +193,11 @@ class Builder:
 
         notes = []
         if with_weights and recipe.init is not None:
-            view = self.specs.views.get("x")
-            img_size = view.img_size[0] if view is not None and view.kind == "image" else None
-            filled = load_init(objective, Path(recipe.init), img_size)
+            filled = load_init(objective, Path(recipe.init))
             if not filled.complete:
                 notes.append(f"init {recipe.init} fills a part of the model, the rest starts at random:{filled}")
+        with self.slot("train.frozen"):
+            objective.freeze(matching(recipe.train.frozen, [name for name, _ in objective.named_parameters()]))
         self.check_copies(objective)
         teachers.add_copies(objective)
         with self.slot("teachers"):
@@ -214,8 +215,10 @@ class Builder:
         """What travels beside the views, published as views."""
         recipe, companions, specs = self.recipe, [], {}
         if recipe.data.tokens is not None:
-            if views.mixes_labels:
-                raise self.misfit("data.tokens", f"views '{views.name}' mix images, the ids are those of unmixed ones")
+            if views.mixes_labels or getattr(views, "erase", 0.0):
+                raise self.misfit(
+                    "data.tokens", f"views '{views.name}' mix or erase images, the ids are those of whole ones"
+                )
             cache = TokenCache(Path(recipe.data.tokens))
             cache.check_views(views_of=decides_pixels(recipe), seed=recipe.seed)
             companions.append(cache)
@@ -238,12 +241,18 @@ class Builder:
         return any(self.registry.resolve(kind, choice)[0].needs_labels for kind, choice in choices)
 
     def num_classes(self) -> int | None:
-        """Of the data source; None if it was not given and is not there, as where a model is only exported."""
+        """Of the data source; None if it was not given and is not there, as where a model is only exported.
+
+        Nor does it need labels then, if a target says how many classes there are.
+        """
         if self.source is not None:
             return num_classes_of(self.source)
         try:
             source = build_source(self.recipe, self.registry)
         except DataError:
+            return None
+        heads = self.recipe.named_heads().values()
+        if source.classes is None and any(head.target.options.get("num_classes") is not None for head in heads):
             return None
         return num_classes_of(source)
 
@@ -420,6 +429,24 @@ class Builder:
             raise self.misfit(where, f"{name}: {text}" if name else text) from error
 
 
+def matching(patterns: Iterable[str], names: Sequence[str]) -> set[str]:
+    """The names that match one of the patterns.
+
+    Raises:
+        ValueError: if a pattern matches none, or together they match all.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        own = set(fnmatch.filter(names, pattern))
+        if not own:
+            near = did_you_mean(pattern, names) or f", the first are {', '.join(names[:3])}"
+            raise ValueError(f"pattern '{pattern}' matches no parameter{near}")
+        found |= own
+    if found and len(found) == len(names):
+        raise ValueError(f"{', '.join(patterns)} leaves no parameter to train")
+    return found
+
+
 def decides_pixels(recipe: Recipe) -> dict[str, Any]:
     """The parts of a recipe that decide which pixels a fixed view of a sample holds."""
     source = recipe.data.source.model_dump(mode="json")
@@ -428,5 +455,9 @@ def decides_pixels(recipe: Recipe) -> dict[str, Any]:
     return {
         "data.source": {key: value for key, value in source.items() if key not in place},
         "data.views_per_image": recipe.data.views_per_image,
-        "views": {key: value for key, value in views.items() if key not in ("decoder", *MIXING_OPTIONS)},
+        "views": {
+            key: value
+            for key, value in views.items()
+            if key not in ("decoder", *MIXING_OPTIONS) and (key, value) not in UNSAID.items()
+        },
     }

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from mim_framework.assembly.builder import Builder, Model, build_model, build_source
-from mim_framework.assembly.weights import load_into, load_tensors, named_part, some
+from mim_framework.assembly.weights import adopted, load_tensors, named_part, some
 from mim_framework.base.errors import CheckpointError, MimError, PluginError, RecipeError
 from mim_framework.base.text import plain_logger
-from mim_framework.checkpoints.checkpoint import Checkpoint, find_latest, load
+from mim_framework.checkpoints.checkpoint import Checkpoint, find_latest, load, load_weights
 from mim_framework.contract.components import Encoder, Source, ViewBuilder
 from mim_framework.recipe.draft import load_written
 from mim_framework.recipe.recipe import Recipe
@@ -144,7 +144,8 @@ def load_encoder(run_dir: Path, *, checkpoint: Path | None = None, registry: Reg
         builder, _, untrained = _built_encoder(recipe, registry)
         builder.load_published("encoder", untrained)
         if recipe.init is not None:
-            load_into(untrained, Path(recipe.init), prefix="encoder.")
+            init = named_part(load_weights(Path(recipe.init)), "encoder.", Path(recipe.init))
+            load_tensors(untrained, adopted(untrained, init, untrained.state_dict()), Path(recipe.init))
         return untrained
 
     origin = Origin(

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from mim_framework.base.errors import CheckpointError
 from mim_framework.checkpoints.checkpoint import load_weights
+from mim_framework.contract.components import Encoder, Objective
+from mim_framework.layouts.tables import resized_table
 
 LEAST_SHARE = 0.5
 """Share of the encoder's parameters, by number of values, that a file for `init` must hold."""
-
-OF_POSITIONS = ("pos_embed", "relative_position_bias_table")
-"""Last parts of names of tables that depend on the image size."""
 
 
 @dataclass
@@ -68,27 +67,22 @@ def filled_by(objective: nn.Module, weights: Mapping[str, Tensor]) -> Filled:
     return Filled(parts)
 
 
-def load_init(objective: nn.Module, path: Path, img_size: int | None = None) -> Filled:
+def load_init(objective: Objective, path: Path) -> Filled:
     """Load the weights of `init`; returns how much of each component they fill.
 
-    Args:
-        img_size: of the recipe's view, for the way to weights of another one.
+    Tables of positions and biases of another image size are resized. An objective that starts from an encoder takes
+    nothing else, unless the file has the whole of its heads too, as that of an earlier fine-tuning.
 
     Raises:
         CheckpointError: as `load_into`, or if hardly anything of the encoder (without one: of the model) is filled.
     """
     weights = load_weights(path)
-    filled = filled_by(objective, weights)
     own = objective.state_dict()
-    other = [name for name, tensor in weights.items() if name in own and tensor.shape != own[name].shape]
-    if other and all(name.endswith(OF_POSITIONS) for name in other) and not weights.keys() - own.keys():
-        shapes = [f"{name} {tuple(weights[name].shape)}, needed {tuple(own[name].shape)}" for name in other]
-        size = f"views.img_size={img_size}" if img_size else "views.img_size=SIZE"
-        raise CheckpointError(
-            f"init {path}: shapes that do not fit the recipe: {some(shapes)}. Only tables of positions differ, as for "
-            f"another image size: `mim export RUN --to LAYOUT`, then `mim import FILE {size}` resizes them, and `init` "
-            f"takes its folder. What fits:{filled}"
-        )
+    if objective.starts_from_encoder:
+        weights = _of_encoder_and_same_heads(weights, own)
+    if objective.encoder is not None:
+        weights = adopted(objective.encoder, weights, own, "encoder.")
+    filled = filled_by(objective, weights)
     try:
         load_tensors(objective, weights, path)
     except CheckpointError as error:
@@ -104,6 +98,32 @@ def load_init(objective: nn.Module, path: Path, img_size: int | None = None) -> 
             f"What fits:{filled}"
         )
     return filled
+
+
+def _of_encoder_and_same_heads(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    encoder = {name: tensor for name, tensor in weights.items() if name.startswith("encoder.")}
+    wanted = [name for name in own if not name.startswith("encoder.")]
+    same = all(name in weights and weights[name].shape == own[name].shape for name in wanted)
+    return {**encoder, **{name: weights[name] for name in wanted}} if same else encoder
+
+
+def adopted(
+    encoder: Encoder, weights: dict[str, Tensor], own: Mapping[str, Tensor], prefix: str = ""
+) -> dict[str, Tensor]:
+    """Weights of a model as one with this encoder takes them: its names, and tables of positions of its size.
+
+    Args:
+        own: the state that the weights are for, by the same names.
+        prefix: of the names of the encoder's.
+    """
+    inside = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    others = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
+    found = {**others, **{prefix + name: tensor for name, tensor in encoder.adopt(inside).items()}}
+    for name, tensor in found.items():
+        if name in own and tensor.shape != own[name].shape:
+            resized = resized_table(name, tensor, own[name], encoder.spec.grid, encoder.bias_tables)
+            found[name] = tensor if resized is None else resized
+    return found
 
 
 def _part_of(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mim_framework.builtins.checkpoints import ViTTimmCheckpoint
+from mim_framework.builtins.classification import Classifier, Classify
 from mim_framework.builtins.decoders import LinearDecoder, PooledDecoder
 from mim_framework.builtins.losses import CosineLoss, CrossEntropyLoss, L1Loss, MSELoss
 from mim_framework.builtins.maskers import BlockMasker, NoMasker, RandomMasker
@@ -34,7 +35,7 @@ def mim_targets():
 
 @hookimpl
 def mim_decoders():
-    return [LinearDecoder, PooledDecoder]
+    return [LinearDecoder, PooledDecoder, Classifier]
 
 
 @hookimpl
@@ -44,7 +45,7 @@ def mim_losses():
 
 @hookimpl
 def mim_objectives():
-    return [MaskedPrediction]
+    return [MaskedPrediction, Classify]
 
 
 @hookimpl

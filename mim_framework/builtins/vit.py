@@ -129,6 +129,15 @@ class MaskTokenViT(Encoder):
             if isinstance(parameter := getattr(self, name), nn.Parameter):
                 trunc_normal(parameter, self.init_cut)
 
+    def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A table of biases that all blocks shared goes to every block that has its own (BEiT's fine-tuning)."""
+        shared = "rel_pos_bias.relative_position_bias_table"
+        if self.config.relative_bias != "per_block" or shared not in weights:
+            return weights
+        rest = {name: tensor for name, tensor in weights.items() if name != shared}
+        own = (name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table"))
+        return {**rest, **{name: weights[shared].clone() for name in own}}
+
     def rescale_by_depth(self) -> None:
         """Make what the blocks add to the residual stream smaller with depth, for encoders that begin so."""
         rescale_by_depth(self.blocks)

@@ -173,6 +173,18 @@ class Encoder(Component):
         Called once after the encoder is built, unless weights do not matter: to count costs, for an import or export.
         """
 
+    bias_tables: ClassVar[Literal["geometric", "bicubic"]] = "geometric"
+    """How tables of relative position biases are resized where `init` is for another image size; as in
+    `CheckpointFormat`."""
+
+    def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of another run's encoder under the names of this one, where the two were built differently.
+
+        For what a protocol builds in another way than pre-training did, such as a table of biases in every block. Only
+        names change here; tables of another size are resized afterwards.
+        """
+        return weights
+
     def final_norm(self, x: Tensor) -> Tensor:
         """A sequence like those of `Latent.layers`, (B, P + n, D), as the end of `forward` normalises its tokens.
 
@@ -313,6 +325,8 @@ class Objective(Component):
     """
 
     kind = "objective"
+    starts_from_encoder: ClassVar[bool] = False
+    """True if `init` gives it the encoder of another run, whose heads were for something else."""
 
     encoder: Encoder | None
     masker: Masker | None
@@ -321,6 +335,7 @@ class Objective(Component):
     def __init__(self, config: Section, parts: Parts) -> None:
         super().__init__(config, parts.specs)
         self.encoder, self.masker, self.heads = None, None, {}
+        self._at_rest: list[nn.Module] = []
 
     @abstractmethod
     def forward(self, step: Step, views: Views) -> dict[str, Tensor] | Outcome:
@@ -332,6 +347,33 @@ class Objective(Component):
     def encode(self, masked: Masked) -> Latent | None:
         """What the heads see of masked views; None of an order that nobody else can follow: it has no pictures then."""
         return None
+
+    def logits(self, views: Views) -> Tensor | None:
+        """Scores (B, num_classes) of views in which nothing is hidden, if it classifies images; else None."""
+        return None
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Take parameters out of training, by their names inside.
+
+        Gradients end at the first one that trains, so that nothing before it keeps activations. A module that holds
+        only frozen ones stays in evaluation mode: without dropout and drop path, and with running statistics.
+        """
+        chosen = set(names)
+        for name, parameter in self.named_parameters():
+            if name in chosen:
+                parameter.requires_grad_(False)
+        parameters = {module: list(module.parameters()) for module in self.modules()} if chosen else {}
+        self._at_rest += [
+            module for module, own in parameters.items() if own and not any(each.requires_grad for each in own)
+        ]
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Objective:
+        """Everything in training or evaluation mode, but what is frozen, which is always in the second."""
+        super().train(mode)
+        for module in self._at_rest:
+            module.eval()
+        return self
 
     def components(self) -> Iterable[Component]:
         """All components inside, this one included."""

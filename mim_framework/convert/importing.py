@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import wraps
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from mim_framework.contract.mask import Grid
 from mim_framework.convert.reading import WRAPPERS, ForeignCheckpoint, groups_of, read_checkpoint, shown
 from mim_framework.convert.records import ExportRecord
 from mim_framework.convert.slots import DraftedSlots, draft_slots
-from mim_framework.layouts.tables import resize_bias_table, resize_position_table
+from mim_framework.layouts.tables import resized_table
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 
@@ -301,17 +299,9 @@ def _fit(
     name: str, tensor: Tensor, wanted: Tensor, grid: Grid, checkpoint_format: CheckpointFormat, file: Path
 ) -> Tensor:
     """A position or bias table of another square grid, interpolated; any other difference in shape is an error."""
-    if name.endswith("pos_embed") and tensor.ndim == wanted.ndim == 3 and tensor.shape[2] == wanted.shape[2]:
-        if name.endswith("absolute_pos_embed"):  # of the tokens that enter a hierarchical encoder
-            side = isqrt(wanted.shape[1])
-            grid = Grid((side, side))
-        num_prefix_tokens = wanted.shape[1] - grid.num_patches
-        side = isqrt(max(0, tensor.shape[1] - num_prefix_tokens))
-        if side**2 + num_prefix_tokens == tensor.shape[1]:
-            return resize_position_table(tensor, Grid((side, side)), grid)
-    if name.endswith("relative_position_bias_table") and tensor.shape[1:] == wanted.shape[1:]:
-        with suppress(ValueError):
-            return resize_bias_table(tensor, len(wanted), checkpoint_format.bias_tables)
+    resized = resized_table(name, tensor, wanted, grid, checkpoint_format.bias_tables)
+    if resized is not None:
+        return resized
     raise CheckpointError(f"{file}: '{name}' is {tuple(tensor.shape)}, the model needs {tuple(wanted.shape)}")
 
 

@@ -28,14 +28,15 @@ class ExportRecord:
 
     @classmethod
     def of(cls, model: Model, layout: str, step: int) -> ExportRecord:
-        """The slots with all their options; a size that the recipe left to its tokenizer is written out."""
+        """The slots with all their options; a size that the recipe left to its tokenizer or its data is written out."""
         data = model.recipe.model_dump(mode="json", exclude_none=True, include=set(SLOTS))
         slots = {slot: data[slot] for slot in SLOTS if data.get(slot)}
         for name, section in model.recipe.named_heads().items():
             where = slots["heads"][name] if "heads" in slots else slots
             where["target"] = section.target.model_dump(mode="json")
-            if section.target.options.get("vocab_size", 0) is None:
-                where["target"]["vocab_size"] = model.objective.heads[name].target.spec.dim
+            for option in ("vocab_size", "num_classes"):
+                if section.target.options.get(option, 0) is None:
+                    where["target"][option] = model.objective.heads[name].target.spec.dim
         return cls(layout, slots, model.recipe.name, step, step * model.recipe.train.total_batch_size)
 
     def data(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from math import isqrt
 from typing import Literal
 
@@ -55,9 +56,35 @@ def resize_bias_table(table: Tensor, num_rows: int, method: Literal["geometric",
         resized = interpolate(image[None].float(), size=size, mode="bicubic", align_corners=False)[0]
     else:
         wanted = torch.arange(-new + 1, new, dtype=torch.float64)
-        matrix = _spline_matrix(_geometric_distances(old - 1, new - 1), wanted)
+        known = _geometric_distances(old - 1, new - 1)
+        matrix = _spline_matrix(known, wanted.clamp(known[0], known[-1]))  # beyond, the value at the border
         resized = matrix @ image.double() @ matrix.t()
     return torch.cat([resized.flatten(1).t().to(table.dtype), extra])
+
+
+def resized_table(
+    name: str, table: Tensor, wanted: Tensor, grid: Grid, method: Literal["geometric", "bicubic"]
+) -> Tensor | None:
+    """A table of positions or biases of another square grid, interpolated; None if it is none, or differs otherwise.
+
+    Args:
+        name: ends as tables do, in `pos_embed` or `relative_position_bias_table`.
+        wanted: a tensor of the shape that is needed.
+        grid: of the tokens that `wanted` is for.
+        method: of tables of biases, see `resize_bias_table`.
+    """
+    if name.endswith("pos_embed") and table.ndim == wanted.ndim == 3 and table.shape[2] == wanted.shape[2]:
+        if name.endswith("absolute_pos_embed"):  # of the tokens that enter a hierarchical encoder
+            side = isqrt(wanted.shape[1])
+            grid = Grid((side, side))
+        num_prefix_tokens = wanted.shape[1] - grid.num_patches
+        side = isqrt(max(0, table.shape[1] - num_prefix_tokens))
+        if side**2 + num_prefix_tokens == table.shape[1]:
+            return resize_position_table(table, Grid((side, side)), grid)
+    if name.endswith("relative_position_bias_table") and table.shape[1:] == wanted.shape[1:]:
+        with suppress(ValueError):
+            return resize_bias_table(table, len(wanted), method)
+    return None
 
 
 def _square_window(num_rows: int) -> tuple[int, int]:
@@ -72,12 +99,13 @@ def _square_window(num_rows: int) -> tuple[int, int]:
 def _geometric_distances(num: int, reach: int) -> Tensor:
     """0 and `num` distances 1, 1 + q, 1 + q + q^2, ... to either side, q such that the last one is `reach`; float64.
 
-    q is at least 1.01, as in the official code: a smaller window is cut out of the larger one, hardly compressed.
+    As in the official code q lies between 1.01 and 1.5, to 1e-6: a smaller window is cut out of the larger one, hardly
+    compressed, and a much larger one has places beyond the last distance.
     """
-    low, high = 1.01, max(1.5, float(reach))
-    for _ in range(100):
+    low, high, q = 1.01, 1.5, 1.01
+    while high - low > 1e-6:
         q = (low + high) / 2
-        low, high = (q, high) if sum(q**i for i in range(num)) < reach else (low, q)
+        low, high = (low, q) if sum(q**i for i in range(num)) > reach else (q, high)
     steps = torch.tensor([q**i for i in range(num)], dtype=torch.float64).cumsum(0)
     return torch.cat([-steps.flip(0), torch.zeros(1, dtype=torch.float64), steps])
 

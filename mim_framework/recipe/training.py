@@ -33,6 +33,9 @@ class TrainSection(Section):
     """What a loss is divided by: each micro-batch of each rank by its own count, of which the mean is taken, as
     official codes do; or all of them once by the sum of their counts, so that every predicted position weighs the
     same."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of names of parameters that do not train, for example `[encoder.*]` for linear probing. What holds no
+    others stays in evaluation mode, without drop path, and keeps no activations."""
     max_nonfinite_steps: int = Field(5, ge=0)
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     on_save_error: Literal["stop", "warn"] = "stop"

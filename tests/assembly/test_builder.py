@@ -23,6 +23,7 @@ from mim_framework.contract.components import Decoder, Encoder, Loss, Objective,
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Latent, Masked, Pred
 from mim_framework.contract.specs import EncoderSpec, MaskerSpec, PredSpec, TargetSpec
+from mim_framework.layouts.tables import resize_position_table
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.writing import dump_recipe
 from mim_framework.testing import RegistryWith
@@ -428,14 +429,14 @@ def test_init_that_fits_in_part_is_told_with_counts_and_a_whole_one_is_not(tmp_p
     assert build_model(mae_of(tmp_path, init=str(tmp_path / "whole.safetensors")), REGISTRY).notes == ()
 
 
-def test_init_of_another_image_size_names_the_way_to_resize_it(tmp_path):
-    state = build_model(mae_of(tmp_path, views={"type": "image", "img_size": 16}), REGISTRY).objective.state_dict()
-    save_file(state, tmp_path / "small.safetensors")
+def test_init_of_another_image_size_resizes_tables_of_positions(tmp_path):
+    small = build_model(mae_of(tmp_path, views={"type": "image", "img_size": 16}), REGISTRY).objective.state_dict()
+    save_file(small, tmp_path / "small.safetensors")
     recipe = mae_of(tmp_path, init=str(tmp_path / "small.safetensors"))
-    with pytest.raises(
-        CheckpointError, match=r"pos_embed \(1, 5, 16\), needed \(1, 17, 16\).*views\.img_size=32` resizes"
-    ):
-        build_model(recipe, REGISTRY)
+    table = build_model(recipe, REGISTRY).objective.state_dict()["encoder.pos_embed"]
+    old = small["encoder.pos_embed"]
+    assert torch.equal(table, resize_position_table(old, Grid((2, 2)), Grid((4, 4))))
+    assert torch.equal(table[:, 0], old[:, 0])
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):

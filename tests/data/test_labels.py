@@ -203,5 +203,7 @@ def test_a_model_can_be_built_without_its_data_if_the_recipe_says_how_many_class
 def test_stored_ids_of_unmixed_images_are_refused_beside_mixing(tmp_path):
     views = {"type": "image", "img_size": 16, "mixup": 0.8}
     data = {**source()["data"], "tokens": str(tmp_path), "views_per_image": 1}
-    with pytest.raises(RecipeError, match=r"data.tokens: views 'image' mix images, the ids are those of unmixed ones"):
+    with pytest.raises(
+        RecipeError, match=r"data.tokens: views 'image' mix or erase images, the ids are those of whole ones"
+    ):
         build_model(recipe(views=views, data=data), REGISTRY)

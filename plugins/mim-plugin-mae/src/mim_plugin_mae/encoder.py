@@ -34,6 +34,8 @@ class MAEEncoder(Encoder):
         """Width; a multiple of 4 and of `num_heads`."""
         drop_path_rate: float = Field(0.0, ge=0, lt=1)
         """Stochastic depth of the last block, growing linearly from 0 at the first; MAE pre-trains without."""
+        learn_positions: bool = False
+        """Train the table of positions, as the official fine-tuning does; in pre-training it is fixed."""
 
     config: Config
 
@@ -45,7 +47,11 @@ class MAEEncoder(Encoder):
 
         self.patch_embed = PatchEmbed(grid, options.patch_size, view.in_chans, options.embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, options.embed_dim))
-        self.register_buffer("pos_embed", sincos_position_table(options.embed_dim, grid, num_prefix_tokens=1)[None])
+        positions = sincos_position_table(options.embed_dim, grid, num_prefix_tokens=1)[None]
+        if options.learn_positions:
+            self.pos_embed = nn.Parameter(positions)
+        else:
+            self.register_buffer("pos_embed", positions)
         self.blocks = nn.ModuleList(
             Block(options.embed_dim, options.num_heads, options.mlp_ratio, drop_path=rate)
             for rate in drop_path_ramp(options.drop_path_rate, options.depth)

@@ -23,6 +23,7 @@ class MixEncoder(Encoder):
     """Swin without shifts, with large windows and fixed positions, whose tokens see those of their own image only."""
 
     name = "mixmim_swin"
+    bias_tables = "bicubic"  # util/pos_embed.py
 
     class Config(Section):
         patch_size: int = Field(4, gt=0)
