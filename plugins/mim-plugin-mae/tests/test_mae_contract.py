@@ -14,3 +14,18 @@ class TestComponents(ComponentContract):
 @pytest.mark.slow
 class TestRecipes(RecipeContract):
     plugin = "mae"
+    recipes = ("quickstart",)
+
+
+@pytest.mark.slow
+class TestFineTuning(RecipeContract):
+    plugin = "mae"
+    recipes = ("mae_finetune_quickstart",)
+    without_drop_path = ("encoder.drop_path_rate=0",)
+
+
+@pytest.mark.slow
+class TestLinearProbe(RecipeContract):
+    plugin = "mae"
+    recipes = ("mae_linear_quickstart",)
+    own_statistics = True
