@@ -12,7 +12,9 @@ from mim_framework.assembly.length import run_length
 from mim_framework.base.errors import MimError
 from mim_framework.base.precision import cpu_has_bfloat16
 from mim_framework.contract.components import Source
+from mim_framework.recipe.evaluations import type_of
 from mim_framework.recipe.recipe import Recipe
+from mim_framework.recipe.rules import DEFAULT_OBJECTIVE
 from mim_framework.recipe.yaml import read_yaml
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.optim import OptimSection
@@ -118,11 +120,11 @@ def _long_epochs(
 
 
 def _rates(recipe: Recipe, registry: Registry) -> Iterator[str]:
-    """Rates for 256 images against those of the shipped recipes of the same encoder and optimizer."""
+    """Rates for 256 images against those of the shipped recipes of the same encoder, objective and optimizer."""
     total = recipe.train.total_batch_size
     for name, section in recipe.named_optimizers().items():
         rate = section.peak_lr(total) * 256 / total
-        shipped = list(_shipped_rates(recipe.encoder.type, section.type, registry))
+        shipped = list(_shipped_rates(recipe, section.type, registry))
         alike = [each for each in shipped if total / BATCH_FACTOR <= each[1] <= total * BATCH_FACTOR]
         known = {recipe_name: its for recipe_name, _, its in alike or shipped}
         if not known or not rate:
@@ -138,13 +140,13 @@ def _rates(recipe: Recipe, registry: Registry) -> Iterator[str]:
         )
 
 
-def _shipped_rates(encoder: str, optimizer: str, registry: Registry) -> Iterator[tuple[str, int, float]]:
+def _shipped_rates(recipe: Recipe, optimizer: str, registry: Registry) -> Iterator[tuple[str, int, float]]:
     """Name, total batch and rate for 256 images."""
+    own = recipe.encoder.type, recipe.objective.type
     for info in registry.recipes():
         try:
             data = read_yaml(info.path.read_bytes(), str(info.path)).data
-            shipped = data["encoder"]
-            if (shipped["type"] if isinstance(shipped, dict) else shipped) != encoder:
+            if (type_of(data["encoder"]), type_of(data.get("objective", DEFAULT_OBJECTIVE))) != own:
                 continue
             section = OptimSection.model_validate(data["optim"])
             total = data["train"]["total_batch_size"]

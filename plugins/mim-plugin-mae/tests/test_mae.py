@@ -377,15 +377,30 @@ def test_export_with_another_decoder_holds_the_encoder_alone():
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
+RATES_OF_PROTOCOLS = {
+    "mae_linear": 6.4,
+    "mae_finetune": 2e-3,
+    "mae_finetune_vit_large": 4e-3,
+    "mae_partial": 4e-3,
+    "mae_low_shot": 2e-3,
+    "mae_finetune_quickstart": 2e-3,
+    "mae_linear_quickstart": 0.025,
+}
+
+
 def test_the_shipped_recipes_are_valid_and_have_the_official_rate():
     registry = Registry()
     names = {info.name for info in registry.recipes() if info.plugin == "mae"}
-    assert names == {"quickstart", "mae", "mae_vit_large", "mae_vit_huge"}
-    for name in names - {"quickstart"}:
+    assert names == {"quickstart", "mae", "mae_vit_large", "mae_vit_huge", *RATES_OF_PROTOCOLS}
+    for name in names - {"quickstart", *RATES_OF_PROTOCOLS}:
         recipe = load_recipe(name, registry=registry)
         assert recipe.optim.peak_lr(recipe.train.total_batch_size) == pytest.approx(2.4e-3)
         assert recipe.optim.betas == (0.9, 0.95)
         assert recipe.target.options["norm_pix_loss"] is True
+    for name, rate in RATES_OF_PROTOCOLS.items():
+        recipe = load_recipe(name, registry=registry)
+        assert recipe.optim.peak_lr(recipe.train.total_batch_size) == pytest.approx(rate)
+        assert recipe.objective.type == "classify"
     load_recipe("quickstart", registry=registry)
 
 
