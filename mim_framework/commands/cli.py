@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -407,6 +408,65 @@ def evaluate(settings: Settings, names: str, subjects: tuple[str, ...]) -> None:
     from mim_framework.commands.evaluate import report
 
     say(report(names.split(","), judged, changes, settings.registry))
+
+
+@main.command()
+@click.argument("subject")
+@click.argument("images", nargs=-1, metavar="[FOLDER|SOURCE] [KEY=VALUE]...")
+@click.option("--output", required=True, type=LocalPath(path_type=Path), help="A .parquet, .npz or .safetensors file.")
+@click.option(
+    "--pool",
+    type=click.Choice(["mean", "cls", "tokens"]),
+    default="mean",
+    show_default=True,
+    help="Mean of the patch tokens, the class token, or every patch token.",
+)
+@click.option(
+    "--layers", default="", metavar="N,...|each", help="Blocks, side by side; by default the encoder's output."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Type of the stored numbers.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of the forward pass.",
+)
+@click.option("--device", help="cpu, cuda, cuda:1 or mps; by default that of the run, or the first there is.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images per pass.")
+@click.option("--workers", type=click.IntRange(min=0), help="Processes that read images.")
+@click.pass_obj
+def embed(settings: Settings, subject: str, images: tuple[str, ...], output: Path, layers: str, **options: Any) -> None:
+    """Write the features that an encoder has of all images of a folder or source, with their names and labels.
+
+    SUBJECT is a run, a checkpoint folder inside one, a folder of `mim import`, a file of `mim export`, timm:NAME,
+    timm:NAME,checkpoint=FILE.safetensors or timm:NAME,random. Images are those of the run unless a FOLDER, a URL or a
+    SOURCE is named. KEY=VALUE sets an option of the source, such as labels=true.
+    """
+    changes = [each for each in images if is_change(each)]
+    places = [each for each in images if each not in changes]
+    if len(places) > 1:
+        raise click.UsageError(f"name one folder or source, got {', '.join(places)}")
+    from mim_framework.commands.embed import run_embed
+
+    def report(line: str) -> None:
+        say(line, err=True)
+
+    place = places[0] if places else None
+    written = run_embed(subject, place, changes, output, settings.registry, layers=layers, report=report, **options)
+    for line in written.lines():
+        say(line)
+
+
+def is_change(text: str) -> bool:
+    """Whether an argument is KEY=VALUE, and no path or name in which a '=' stands."""
+    return re.match(r"[A-Za-z_][\w.]*=", text) is not None and not Path(text).exists()
 
 
 @main.command()

@@ -25,7 +25,15 @@ from mim_framework.contract.components import Source, ViewBuilder
 from mim_framework.data.companions import Companion
 from mim_framework.data.order import BatchLayout, OrderKind, sample_order
 from mim_framework.data.prefetch import prefetch
-from mim_framework.data.reader import MAX_REPLACEMENTS, Broken, Read, Request, TrainingReader, _EvaluationReader
+from mim_framework.data.reader import (
+    MAX_REPLACEMENTS,
+    Broken,
+    EvaluationRead,
+    Read,
+    Request,
+    TrainingReader,
+    _EvaluationReader,
+)
 from mim_framework.data.stores import REMOTE
 
 logger = plain_logger(__name__)
@@ -331,14 +339,31 @@ def evaluation_batches(
     Yields:
         ({"x": (b, C, H, W)} or more views, labels (b,) int64 with -1 where a sample has none), both on the CPU.
     """
+    for read in evaluation_reads(source, views, batch_size, indices=indices, workers=workers):
+        for sample in read.broken if on_broken else ():
+            on_broken(sample)
+        if read.views is not None:
+            yield read.views, read.labels
+
+
+def evaluation_reads(
+    source: Source,
+    views: ViewBuilder,
+    batch_size: int,
+    *,
+    indices: Sequence[int] | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[EvaluationRead]:
+    """As `evaluation_batches`, with the names of samples, and with the broken ones.
+
+    Raises:
+        DataError: if the source cannot be read any more.
+    """
     wanted = range(len(source)) if indices is None else indices
     requests = (list(wanted[i : i + batch_size]) for i in range(0, len(wanted), batch_size))
     reader = _EvaluationReader(source, views)
-    for read in prefetch(reader, requests, workers=workers, remote=source.remote):
+    for read in prefetch(reader, requests, workers=workers, remote=source.remote, pin_memory=pin_memory):
         if isinstance(read, DataError):
             raise read
-        batch, labels, broken = read
-        for sample in broken if on_broken else ():
-            on_broken(sample)
-        if batch is not None:
-            yield batch, labels
+        yield read

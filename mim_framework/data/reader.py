@@ -164,32 +164,45 @@ class TrainingReader:
         return ReadSample(views, [companion(sample, index, number) for companion in self.companions])
 
 
+class EvaluationRead(NamedTuple):
+    """Evaluation views of the samples that can be used, None if none can; their labels, -1 where there is none.
+
+    `names`: index and name of each.
+    """
+
+    views: dict[str, Tensor] | None
+    labels: Tensor
+    broken: list[Broken]
+    names: list[tuple[int, str]]
+
+
 class _EvaluationReader:
     """Reads the evaluation views of some indices per call, in a worker."""
 
     def __init__(self, source: Source, views: ViewBuilder) -> None:
         self.source, self.views = source, views
 
-    def __getitem__(self, indices: list[int]) -> tuple[dict[str, Tensor] | None, Tensor, list[Broken]] | DataError:
+    def __getitem__(self, indices: list[int]) -> EvaluationRead | DataError:
         """The batch, or the error that ends the evaluation, as in `TrainingReader`."""
         try:
             return self._batch(indices)
         except DataError as error:
             return error
 
-    def _batch(self, indices: list[int]) -> tuple[dict[str, Tensor] | None, Tensor, list[Broken]]:
-        images, labels, broken = [], [], []
+    def _batch(self, indices: list[int]) -> EvaluationRead:
+        images, labels, broken, names = [], [], [], []
         for index, sample in zip(indices, read_each(self.source, indices), strict=True):
             try:
                 if isinstance(sample, BrokenImage):
                     raise sample
                 images.append(self.views.evaluation_view(sample))
                 labels.append(-1 if sample.label is None else sample.label)
+                names.append((index, sample.name))
             except BrokenImage as error:
                 broken.append(Broken.of(index, index, error))
         found = [named(each) for each in images]
         batch = {name: torch.stack([each[name] for each in found]) for name in found[0]} if found else None
-        return batch, torch.tensor(labels, dtype=torch.int64), broken
+        return EvaluationRead(batch, torch.tensor(labels, dtype=torch.int64), broken, names)
 
 
 def named(view: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
