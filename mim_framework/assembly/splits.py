@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mim_framework.assembly.builder import build_source
 from mim_framework.base.errors import DataError
 from mim_framework.base.text import plain_logger
 from mim_framework.contract.components import Source
@@ -15,20 +16,25 @@ logger = plain_logger(__name__)
 TEST, TRAIN = "data.eval_source", "data.eval_train_source"
 
 
-def evaluation_splits(recipe: Recipe, registry: Registry, source: Source) -> Splits:
+def evaluation_splits(recipe: Recipe, registry: Registry, source: Source | None = None) -> Splits:
     """The splits of `data.eval_source` and `data.eval_train_source`, by default those of the recipe's source.
+
+    Args:
+        source: that of the recipe, if it is built already; else it is where it is needed.
 
     Raises:
         DataError: if one of the sources cannot be read, or the classes of the two do not fit.
     """
     section = recipe.data
     if section.eval_source is None and section.eval_train_source is None:
-        return Splits.of(source)
+        return Splits.of(build_source(recipe, registry) if source is None else source)
     if section.eval_train_source is None:
         assert section.eval_source is not None
         test = _built(section.eval_source, TEST, registry)
         pair = test.evaluation_sources()
-        return Splits.of_pair(source, test) if pair is None else Splits.of_pair(pair[0], _part(test, TEST, 1))
+        if pair is not None:
+            return Splits.of_pair(pair[0], _part(test, TEST, 1))
+        return Splits.of_pair(build_source(recipe, registry) if source is None else source, test)
     train = _built(section.eval_train_source, TRAIN, registry)
     if section.eval_source is not None:
         test = _built(section.eval_source, TEST, registry)

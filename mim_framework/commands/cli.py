@@ -394,20 +394,28 @@ def doctor(ctx: click.Context) -> None:
 @main.command("eval")
 @click.argument("names", metavar="NAME[,NAME...]")
 @click.argument("subjects", nargs=-1, required=True, metavar="SUBJECT... [KEY=VALUE]...")
+@click.option("--train", metavar="SOURCE", help="Images to learn from: a folder or URL of class folders, or a source.")
+@click.option("--test", metavar="SOURCE", help="Images to be tested on.")
+@click.option("--checkpoint", metavar="all|STEP", help="Which checkpoints of the runs, in the place of the newest.")
+@click.option("--cache", type=LocalPath(path_type=Path, file_okay=False), help="Folder that keeps features.")
+@click.option("--json", "as_json", is_flag=True, help="Print records instead of tables.")
 @click.pass_obj
-def evaluate(settings: Settings, names: str, subjects: tuple[str, ...]) -> None:
+def evaluate(settings: Settings, names: str, subjects: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """What encoders are worth by evaluations such as knn: raw pixels, untrained encoder, trained encoder.
 
-    SUBJECT is a run directory or a checkpoint folder inside one. KEY=VALUE sets an option of an evaluation (knn.k=10)
-    or names other images (data.source.root=FOLDER).
+    SUBJECT is a run directory or a checkpoint folder inside one. KEY=VALUE sets an option of an evaluation (knn.k=10,
+    knn.layers=each) or names other images (data.eval_source.root=FOLDER). A SOURCE is a folder or URL of class
+    folders, a name such as digits, or a mapping with options: '{type: folder, root: FOLDER, pages: each}'.
     """
     changes = [each for each in subjects if "=" in each and not Path(each).exists()]
     judged = [each for each in subjects if each not in changes]
     if not judged:
         raise click.UsageError("name a SUBJECT, for example a run directory")
-    from mim_framework.commands.evaluate import report
+    from mim_framework.commands.evaluate import Options, report
 
-    say(report(names.split(","), judged, changes, settings.registry))
+    told = Options(changes=tuple(changes), **options)
+    for line in report(names.split(","), judged, told, settings.registry, as_json=as_json):
+        say(line)
 
 
 @main.command()

@@ -2,122 +2,274 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mim_framework.assembly.builder import build_source
 from mim_framework.assembly.opened import LoadedEncoder, load_encoder
 from mim_framework.assembly.splits import evaluation_splits
-from mim_framework.base.errors import DataError, RecipeError
-from mim_framework.base.paths import local_path
-from mim_framework.contract.evaluation import Evaluation, Split
-from mim_framework.contract.specs import EncoderSpec
+from mim_framework.base.errors import CheckpointError, DataError, MimError, RecipeError
+from mim_framework.base.paths import is_url, local_path
+from mim_framework.checkpoints.checkpoint import find_latest, list_checkpoints, step_of
+from mim_framework.commands.evaluation_report import Judged, Made, append_records, records, tables
 from mim_framework.evaluate.base import EncoderSubject, PixelSubject
+from mim_framework.evaluate.cache import FeatureCache
+from mim_framework.evaluate.measure import JudgedSubject, Reading, check, measure
+from mim_framework.evaluate.overlap import Overlap, find_overlap
 from mim_framework.evaluate.splits import Splits
-from mim_framework.recipe.draft import with_evaluations
-from mim_framework.registry.registry import Registry
+from mim_framework.recipe.draft import recipe_of, with_evaluations
+from mim_framework.recipe.recipe import Recipe
+from mim_framework.recipe.yaml import read_yaml
+from mim_framework.registry.registry import Registry, UnknownName
 
-PIXELS = "raw_pixels"
+PIXELS, UNTRAINED, TRAINED = "raw_pixels", "untrained", "trained"
+EVERY_CHECKPOINT = "all"
+OF_A_RUN = ("every_epochs", "forward_batch_size")
+"""Keys of an evaluation that do not concern what it measures."""
+NO_IMAGES = "(the encoder comes from no run)"
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What evaluations measured of a subject: images of each split, and numbers by variant and by name."""
+class Options:
+    """What `mim eval` is told beside the names of evaluations and subjects.
+
+    `changes`: "NAME.KEY=VALUE" for options of an evaluation, else those of the subject's recipe or the defaults;
+    "data.KEY=VALUE" for other images than those of its recipe. `train` and `test`: sources in their place, by a folder
+    or URL of class folders, a name, or a mapping with options. `checkpoint`: a step, or "all". `cache`: a folder for
+    features.
+    """
+
+    changes: tuple[str, ...] = ()
+    train: str | None = None
+    test: str | None = None
+    checkpoint: str | None = None
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Named:
+    """An encoder as it was named, and where it comes from: of what is no run, neither directory nor step is known."""
 
     subject: str
-    images: dict[Split, int]
-    numbers: dict[str, dict[str, float]]
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all numbers."""
-        return list(dict.fromkeys(name for row in self.numbers.values() for name in row))
+    opened: LoadedEncoder
+    run_dir: Path | None
+    step: int | None
 
 
 def evaluate(
-    names: Sequence[str], subjects: Iterable[str | Path], changes: Sequence[str] = (), registry: Registry | None = None
+    names: Sequence[str],
+    subjects: Iterable[str | Path],
+    changes: Sequence[str] = (),
+    registry: Registry | None = None,
+    *,
+    options: Options = Options(),
 ) -> list[Judged]:
     """Make several evaluations of several subjects; those of one subject share its features.
 
+    What was measured is added to `evaluations.jsonl` of a run's directory, subject by subject.
+
     Args:
-        subjects: see `open_subject`.
-        changes: "NAME.KEY=VALUE" for options of an evaluation, else those of the subject's recipe or the defaults;
-            "data.KEY=VALUE" for other images than those of its recipe.
+        subjects: a run directory, whose newest checkpoint is taken, or a checkpoint folder inside one.
+        changes: further ones beside those of the options.
 
     Raises:
-        RecipeError: if there is no such evaluation, option or subject, or the encoder cannot be judged so.
+        RecipeError: if there is no such evaluation, option, source or subject, or the encoder cannot be judged so.
         DataError: if there are no labelled images and one is needed.
         CheckpointError: if there is no whole checkpoint, or its model has no part named `encoder`.
     """
     registry = registry or Registry()
-    return [_judge(str(subject), names, changes, registry) for subject in subjects]
+    options = replace(options, changes=(*options.changes, *changes))
+    found = []
+    for subject in subjects:
+        judge = _Judge(names, options, registry)
+        for named in opened_subjects(str(subject), options.checkpoint, registry):
+            judged = judge(named)
+            if judged.run_dir is not None:
+                append_records(judged, registry)
+            found.append(judged)
+    return found
 
 
-def report(names: Sequence[str], subjects: Sequence[str], changes: Sequence[str], registry: Registry) -> str:
-    """What `mim eval` prints; see `evaluate`."""
-    return "\n".join(lines(evaluate(names, subjects, changes, registry)))
+def report(
+    names: Sequence[str], subjects: Sequence[str], options: Options, registry: Registry, *, as_json: bool
+) -> Iterator[str]:
+    """The lines that `mim eval` prints; see `evaluate`."""
+    judged = evaluate(names, subjects, (), registry, options=options)
+    if as_json:
+        yield from records(judged, registry)
+        return
+    yield from tables(judged)
+    if options.cache is not None:
+        files, size = FeatureCache(options.cache).size()
+        much = f"{files:,} files, {size / 2**20:,.1f} MiB"
+        yield f"cache: {much} in {options.cache}; it is never trimmed, delete it at will"
 
 
-def open_subject(subject: str, registry: Registry) -> LoadedEncoder:
-    """What a subject names: an encoder before and after its training, and what it looks at.
-
-    A subject is a run directory, whose newest checkpoint is taken, or a checkpoint folder inside one.
-    """
+def opened_subjects(subject: str, checkpoint: str | None, registry: Registry) -> Iterator[Named]:
+    """The encoders that a subject names, opened one after the other: several if all checkpoints are wanted."""
     try:
         path = Path(local_path(subject))
     except ValueError as error:
         raise RecipeError(f"{subject}: {error}") from error
-    run_dir, checkpoint = path, None
     if path.parent.name == "checkpoints" and (path.parent.parent / "recipe.yaml").is_file():
-        run_dir, checkpoint = path.parent.parent, path
-    if not (run_dir / "recipe.yaml").is_file():
+        if checkpoint is not None:
+            raise RecipeError(
+                f"--checkpoint chooses among those of a run, and {subject} is one; name {path.parent.parent}"
+            )
+        opened = load_encoder(path.parent.parent, checkpoint=path, registry=registry)
+        yield Named(subject, opened, path.parent.parent, step_of(path))
+        return
+    if not (path / "recipe.yaml").is_file():
         what = "does not exist" if not path.exists() else "has no recipe.yaml"
         raise RecipeError(f"{subject} is neither a run directory nor a checkpoint folder inside one: it {what}")
-    return load_encoder(run_dir, checkpoint=checkpoint, registry=registry)
+    for each in _checkpoints(path, checkpoint):
+        yield Named(subject, load_encoder(path, checkpoint=each, registry=registry), path, step_of(each))
 
 
-def _judge(subject: str, names: Sequence[str], changes: Sequence[str], registry: Registry) -> Judged:
-    opened = open_subject(subject, registry)
-    recipe = with_evaluations(opened.recipe, names, changes, registry)
-    evaluations = [cls(config) for cls, config in (registry.resolve("evaluation", each) for each in recipe.evaluate)]
-    splits = evaluation_splits(recipe, registry, build_source(recipe, registry))
-    _check(evaluations, opened.trained.spec, splits, subject)
-    encoders = {
-        variant: EncoderSubject(
-            encoder, opened.views, splits, device=opened.device, workers=recipe.data.num_workers,
-            batch_size=min(choice.forward_batch_size for choice in recipe.evaluate),
-        )
-        for variant, encoder in {"untrained": opened.untrained, "trained": opened.trained}.items()
-    }  # fmt: skip
-    numbers = {}
-    for variant, judged in {PIXELS: PixelSubject(encoders["trained"]), **encoders}.items():
-        measured = {
-            f"{evaluation.name}_{key}": value
-            for evaluation in evaluations
-            if variant != PIXELS or evaluation.of_pixels
-            for key, value in evaluation(judged).items()
-        }
-        numbers |= {variant: measured} if measured else {}
-    return Judged(subject, {split: len(source) for split, source in splits.sources.items()}, numbers)
+def _checkpoints(run_dir: Path, wanted: str | None) -> list[Path]:
+    """The newest whole checkpoint of a run, that of a step, or all."""
+    if wanted is None:
+        if (newest := find_latest(run_dir / "checkpoints")) is None:
+            raise CheckpointError(f"{run_dir} holds no checkpoint yet")
+        return [newest.path]
+    every = list_checkpoints(run_dir / "checkpoints")
+    found = every if wanted == EVERY_CHECKPOINT else [each for each in every if str(step_of(each)) == wanted]
+    if not found:
+        steps = ", ".join(str(step_of(each)) for each in every) or "none"
+        raise CheckpointError(f"--checkpoint {wanted}: {run_dir} has no such checkpoint; it has {steps}, or write all")
+    return found
 
 
-def _check(evaluations: list[Evaluation], spec: EncoderSpec, splits: Splits, subject: str) -> None:
-    for evaluation in evaluations:
-        try:
-            evaluation.check(spec)
-        except ValueError as error:
-            raise RecipeError(f"evaluation '{evaluation.name}' of {subject}: {error}") from error
-        if lacking := splits.lacks(evaluation):
-            raise DataError(f"evaluation '{evaluation.name}' of {subject}: {lacking}")
+class _Judge:
+    """Judges the encoders of one subject: all checkpoints of a run, whose pixels and first weights are the same."""
+
+    def __init__(self, names: Sequence[str], options: Options, registry: Registry) -> None:
+        self.names, self.options, self.registry = names, options, registry
+        self._prepared: tuple[Recipe, Splits, Overlap] | None = None
+        self._before: dict[str, dict[str, Reading]] = {}
+
+    def __call__(self, named: Named) -> Judged:
+        if self._prepared is None:
+            self._prepared = self._prepare(named)
+        recipe, splits, overlap = self._prepared
+        readings = {**self._before}
+        for variant, subject in self._variants(named.opened, recipe, splits):
+            if variant not in readings:
+                readings[variant] = self._read(variant, subject, recipe)
+        self._before = {variant: found for variant, found in readings.items() if variant != TRAINED}
+        made = []
+        for choice in recipe.evaluate:
+            of_each = {variant: found[choice.type] for variant, found in readings.items() if choice.type in found}
+            own = {key: each for key, each in choice.model_dump(mode="json").items() if key not in OF_A_RUN}
+            made.append(Made(own, of_each[TRAINED].asked, {each: found.numbers for each, found in of_each.items()}))
+        return Judged(named.subject, named.run_dir, named.step, named.opened.trained, splits, overlap, tuple(made))
+
+    def _prepare(self, named: Named) -> tuple[Recipe, Splits, Overlap]:
+        """What is measured on which images, once for all checkpoints; everything that is wrong is told here."""
+        changes = _changes(self.options, self.names, self.registry)
+        own = named.opened.recipe
+        recipe = with_evaluations(own or _of_no_run(named, changes, self.registry), self.names, changes, self.registry)
+        splits = evaluation_splits(recipe, self.registry)
+        for choice in recipe.evaluate:
+            cls, config = self.registry.resolve("evaluation", choice)
+            evaluation = cls(config)
+            place = f"evaluation '{choice.type}' of {named.subject}"
+            try:
+                check(evaluation, named.opened.trained.spec, choice.layers)
+            except ValueError as error:
+                raise RecipeError(f"{place}: {error}") from error
+            if lacking := splits.lacks(evaluation):
+                raise DataError(f"{place}: {lacking}")
+        return recipe, splits, _overlap(splits, own, self.registry)
+
+    def _variants(self, opened: LoadedEncoder, recipe: Recipe, splits: Splits) -> Iterator[tuple[str, JudgedSubject]]:
+        """The pixels, the untrained and the trained encoder, one after the other, so that one holds its features."""
+        cache = None if self.options.cache is None else FeatureCache(self.options.cache)
+        encoders = {UNTRAINED: opened.untrained, TRAINED: opened.trained}
+        for variant in (PIXELS, UNTRAINED, TRAINED):
+            if (encoder := encoders.get(variant, opened.trained)) is None:
+                continue
+            subject = EncoderSubject(
+                encoder, opened.views, splits, device=opened.device, workers=recipe.data.num_workers, cache=cache,
+                batch_size=min(choice.forward_batch_size for choice in recipe.evaluate),
+            )  # fmt: skip
+            yield variant, PixelSubject(subject) if variant == PIXELS else subject
+
+    def _read(self, variant: str, subject: JudgedSubject, recipe: Recipe) -> dict[str, Reading]:
+        found = {}
+        for choice in recipe.evaluate:
+            cls, config = self.registry.resolve("evaluation", choice)
+            if variant != PIXELS or cls.of_pixels:
+                found[choice.type] = measure(cls(config), subject, choice.layers)
+        return found
 
 
-def lines(judged: Sequence[Judged]) -> Iterator[str]:
-    """'variant: number', under a title where there is more than one table, and how many images there are."""
-    tables = [(each, name) for each in judged for name in each.names]
-    for each, name in tables:
-        if len(tables) > 1:
-            yield f"{each.subject}: {name}"
-        yield from (f"{variant}: {row[name]:.4f}" for variant, row in each.numbers.items() if name in row)
-    for images in dict.fromkeys(", ".join(f"{n} {split}" for split, n in each.images.items()) for each in judged):
-        yield f"images: {images}"
+def _of_no_run(named: Named, changes: Sequence[str], registry: Registry) -> Recipe:
+    """A recipe for an encoder that has none, of which nothing but the images is read; these must be named.
+
+    Raises:
+        RecipeError: if they are not.
+    """
+    if not any(change.startswith("data.") for change in changes):
+        text = f"{named.subject} comes from no run, so that there are no images to judge it by; name some"
+        raise RecipeError(f"{text}: --train SOURCE --test SOURCE")
+    slots = {"masker": "none", "encoder": "vit", "target": "pixels", "decoder": "linear", "loss": "mse"}
+    around = {"optim": {"lr": 1.0}, "train": {"total_batch_size": 1, "steps": 1}, "evaluate": []}
+    source = {"type": "folder", "root": NO_IMAGES}
+    return recipe_of({"name": "eval", "data": {"source": source}, **slots, **around}, registry)
+
+
+def _overlap(splits: Splits, trained_by: Recipe | None, registry: Registry) -> Overlap:
+    """The images to be tested on that the encoder was trained on; without such a split, those to learn from."""
+    test = splits.sources.get("test", splits.sources["train"])
+    if trained_by is None:
+        return Overlap(len(test), 0, not_compared="the encoder comes from no run")
+    try:
+        trained_on = build_source(trained_by, registry)
+    except MimError as error:
+        return Overlap(len(test), 0, not_compared=f"those of pre-training cannot be read: {error}")
+    return find_overlap(test, trained_on)
+
+
+def _changes(options: Options, names: Sequence[str], registry: Registry) -> list[str]:
+    """The changes of a subject's recipe, those of --train and --test first."""
+    labels = False
+    for name in names:
+        with suppress(UnknownName):  # which is told with all other problems
+            labels |= bool(registry.find("evaluation", name).needs)
+    keys = {"train": ("data.eval_train_source", options.train), "test": ("data.eval_source", options.test)}
+    named = [
+        f"{key}={json.dumps(source_of(text, f'--{flag}', registry, labels=labels))}"
+        for flag, (key, text) in keys.items()
+        if text is not None
+    ]
+    return [*named, *options.changes]
+
+
+def source_of(text: str, flag: str, registry: Registry, *, labels: bool) -> dict[str, Any]:
+    """A source as a recipe writes it, from what stands behind --train or --test.
+
+    Args:
+        labels: whether the class folders of a folder are wanted as labels.
+
+    Raises:
+        RecipeError: if it is neither a folder, nor a URL, nor the name of a source, or a folder and a name.
+    """
+    if text.lstrip().startswith("{"):
+        found = read_yaml(text, flag).data
+        return found if isinstance(found, dict) else {"type": ""}
+    is_folder = is_url(text) or Path(local_path(text)).is_dir()
+    try:
+        registry.find("source", text)
+    except UnknownName as error:
+        if not is_folder and os.sep not in text:
+            raise RecipeError(f"{flag} {text}: there is no such folder, and {error}") from error
+        return {"type": "folder", "root": text, "labels": labels}
+    if is_folder:
+        raise RecipeError(f"{flag} {text} is a folder and a source; write ./{text} or '{{type: {text}}}'")
+    return {"type": text}

@@ -487,6 +487,10 @@ class Source:
             found["blocks"] = hashlib.sha256(lengths.encode()).hexdigest()
         return found
 
+    def size(self, index: int) -> int | None:
+        """Bytes of what is stored of the sample at `index`, told without reading it; None if that is not known."""
+        return None
+
     def left_out(self) -> Sequence[str]:
         """What lies beside the samples and is none, counted, such as "300 .heic": told before a run and after it."""
         return ()

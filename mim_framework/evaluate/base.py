@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from mim_framework.contract.records import Ask, Views
 from mim_framework.contract.specs import EncoderSpec
 from mim_framework.contract.world import World
 from mim_framework.data.loader import evaluation_batches
+from mim_framework.evaluate.cache import FeatureCache, about_encoder, about_source, about_views
 from mim_framework.evaluate.splits import Splits
 
 logger = plain_logger(__name__)
@@ -60,6 +63,7 @@ class EncoderSubject:
         batch_size: images per forward pass.
         precision: entered around forward passes, for autocast, or to gather sharded weights.
         objective: what trains the encoder, which may classify images.
+        cache: where features are looked for, and kept; for one rank only.
     """
 
     def __init__(
@@ -74,10 +78,13 @@ class EncoderSubject:
         batch_size: int = 256,
         precision: Callable[[], AbstractContextManager[None]] = nullcontext,
         objective: Objective | None = None,
+        cache: FeatureCache | None = None,
     ) -> None:
         self.encoder, self.views, self.splits, self.objective = encoder, views, splits, objective
         self.device, self.world = device, world
         self.workers, self.batch_size, self.precision = workers, batch_size, precision
+        assert cache is None or world.size == 1
+        self.cache = cache
         self._labels: dict[tuple[Split, int], Tensor] = {}
         self._features: dict[tuple[Split, int, Pool | None, Layer], Tensor] = {}
         self._together: list[int] = []
@@ -154,11 +161,16 @@ class EncoderSubject:
         count = len(self.source(split))
         count = count if limit is None else min(count, limit)
         missing = self._missing(split, count, pool, layers)
+        if self.cache is not None:
+            missing = [want for want in missing if not self._from_cache(self.cache, split, count, want, labelled)]
         if missing:
             extract = raw_pixels(self.views) if pool is None else features_of(self.encoder, missing)
             found, self._labels[split, count] = self._extracted(split, count, extract)
             self._features |= {(split, count, *want): x for want, x in zip(missing, found, strict=True)}
             self._say_left_out(split, count, self._labels[split, count], labelled=labelled)
+            for want in missing if self.cache is not None else ():
+                x = self._features[split, count, *want]
+                self.cache.put(self._about(split, count, want), x, self._labels[split, count])
         y = self._labels[split, count]
         every = [self._features[split, count, pool, each] for each in layers]
         x = every[0] if len(every) == 1 else torch.cat(every, dim=-1)
@@ -167,6 +179,36 @@ class EncoderSubject:
             what = "has a label and can be read" if labelled else "can be read"
             raise DataError(f"no image of source '{self.source(split).name}', split '{split}', {what}")
         return Features(x, y) if bool(wanted.all()) else Features(x[wanted], y[wanted])
+
+    def _from_cache(self, cache: FeatureCache, split: Split, count: int, want: Want, labelled: bool) -> bool:
+        """Take a feature from the cache, if it is there."""
+        if (found := cache.get(self._about(split, count, want))) is None:
+            return False
+        x, y = (each.to(self.device) for each in found)
+        first = (split, count) not in self._labels
+        self._features[split, count, *want], self._labels[split, count] = x, y
+        if first:
+            self._say_left_out(split, count, y, labelled=labelled)
+        return True
+
+    def _about(self, split: Split, count: int, want: Want) -> dict[str, Any]:
+        """All that a feature follows from."""
+        pool, layer = want
+        made_by = self._about_pixels if pool is None else self._about_encoder
+        images = {**self._about_sources[split], "split": split, "count": count}
+        return {**made_by, "images": images, "pool": pool, "layer": layer}
+
+    @cached_property
+    def _about_encoder(self) -> dict[str, Any]:
+        return about_encoder(self.encoder, self.views, self.device)
+
+    @cached_property
+    def _about_pixels(self) -> dict[str, Any]:
+        return about_views(self.views, self.device)
+
+    @cached_property
+    def _about_sources(self) -> dict[Split, dict[str, Any]]:
+        return {split: about_source(source) for split, source in self.splits.sources.items()}
 
     @contextmanager
     def extracting(self, layers: Sequence[int]) -> Iterator[None]:

@@ -16,14 +16,14 @@ JudgedSubject = EncoderSubject | PixelSubject
 
 
 @dataclass(frozen=True)
-class Measured:
+class Reading:
     """The numbers of an evaluation by name, and the features that it read for them."""
 
     numbers: dict[str, float]
     asked: tuple[Asked, ...]
 
 
-def measure(evaluation: Evaluation, subject: JudgedSubject, layers: Layers = "last") -> Measured:
+def measure(evaluation: Evaluation, subject: JudgedSubject, layers: Layers = "last") -> Reading:
     """The numbers of an evaluation; layer by layer they are called `layer3_top1`.
 
     The layers are extracted in one pass, but for `each` of patch tokens, which are too many to be held for all layers.
@@ -34,7 +34,7 @@ def measure(evaluation: Evaluation, subject: JudgedSubject, layers: Layers = "la
     """
     subject.asked.clear()
     if layers == "last" or isinstance(subject, PixelSubject):
-        return Measured(dict(evaluation(subject)), tuple(subject.asked))
+        return Reading(dict(evaluation(subject)), tuple(subject.asked))
     numbers: dict[str, float] = {}
     wanted = _groups(layers, subject.spec)
     with subject.extracting([layer for group in wanted.values() for layer in group]):
@@ -42,7 +42,7 @@ def measure(evaluation: Evaluation, subject: JudgedSubject, layers: Layers = "la
             restricted = restrict(evaluation, group)
             seen = subject if restricted is not evaluation else LayersOf(subject, group)
             numbers |= {f"{prefix}{name}": value for name, value in restricted(seen).items()}
-    return Measured(numbers, tuple(subject.asked))
+    return Reading(numbers, tuple(subject.asked))
 
 
 def check(evaluation: Evaluation, encoder: EncoderSpec, layers: Layers = "last") -> None:

@@ -104,6 +104,9 @@ class NumberedAs(Source):
     def identity(self) -> dict[str, Any]:
         return self.inner.identity()
 
+    def size(self, index: int) -> int | None:
+        return self.inner.size(index)
+
     def left_out(self) -> Sequence[str]:
         return self.inner.left_out()
 

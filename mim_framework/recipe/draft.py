@@ -98,6 +98,15 @@ def with_evaluations(recipe: Recipe, names: Iterable[str], changes: Iterable[str
     return draft.finish(complete=True)
 
 
+def recipe_of(data: dict[str, Any], registry: Registry) -> Recipe:
+    """A recipe that is made up here and not read.
+
+    Raises:
+        RecipeError: as of `load_recipe`.
+    """
+    return Draft("recipe", data, {(): "recipe"}, registry).finish(complete=True)
+
+
 def _read(path: Path, registry: Registry) -> Draft:
     try:
         text = path.read_bytes()

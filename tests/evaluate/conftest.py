@@ -107,6 +107,7 @@ def make_run(tmp_path, registry):
         save_checkpoint(run_dir / "checkpoints", 7, {"model": weights}, {})
         return run_dir
 
+    make.components = (PatchEncoder, EdgeTarget)
     return make
 
 

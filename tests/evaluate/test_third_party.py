@@ -76,12 +76,16 @@ def test_a_run_measures_by_it_and_the_command_agrees_with_the_run(mim):
     assert (knn["step"], probe["step"]) == (2, 2)
     assert 0.5 < probe["probe_top1"] <= 1  # ten digits, by their mean token
     printed = mim("eval", "knn,probe", "runs/tiny").stdout.splitlines()
-    assert [printed[0], *printed[4:9:4]] == [f"runs/tiny: {name}" for name in ("knn_top1", "probe_top1", "probe_loss")]
-    assert printed[3] == f"trained: {knn['knn_top1']:.4f}"
-    assert printed[7] == f"trained: {probe['probe_top1']:.4f}"
-    assert printed[11:] == [f"trained: {probe['probe_loss']:.4f}", "images: 1438 train, 359 test"]
-    fewer = mim("eval", "probe", "runs/tiny", "probe.num_steps=1").stdout.splitlines()
-    assert float(fewer[7].removeprefix("trained: ")) > probe["probe_loss"]
+    titles = [f"{name:<19}" for name in ("knn top1", "probe top1", "probe loss")]
+    assert [line[:19] for line in printed[0:9:3]] == titles
+    assert [line[:19] for line in printed[1:9:3]] == ["runs/tiny (step 2) "] * 3
+    trained = [float(line.split("  ")[-1].split()[0]) for line in printed[1:9:3]]
+    assert trained == [round(each, 4) for each in (knn["knn_top1"], probe["probe_top1"], probe["probe_loss"])]
+    assert "images: 1,438 to learn from (digits), 359 to be tested on (digits)" in printed
+    mim("eval", "probe", "runs/tiny", "probe.num_steps=1")
+    fewer = json.loads(Path("runs/tiny/evaluations.jsonl").read_text().splitlines()[-1])
+    assert fewer["options"]["num_steps"] == 1
+    assert fewer["numbers"]["trained"]["loss"]["value"] > probe["probe_loss"]
 
 
 def test_what_it_cannot_judge_is_told_with_the_recipes_line(mim):

@@ -131,6 +131,10 @@ class FolderSource(Source):
             found["sizes"] = hashlib.sha256(sizes.tobytes()).hexdigest()
         return found
 
+    def size(self, index: int) -> int | None:
+        """Known of local files."""
+        return self._size(self._names[self._place(index)[0]]) if isinstance(self._store, LocalStore) else None
+
     def _size(self, name: str) -> int:
         """Bytes of a file, -1 if it is gone: reading it says so."""
         try:
