@@ -411,10 +411,9 @@ def evaluate(settings: Settings, names: str, subjects: tuple[str, ...], as_json:
     judged = [each for each in subjects if each not in changes]
     if not judged:
         raise click.UsageError("name a SUBJECT, for example a run directory")
-    from mim_framework.commands.evaluate import Options, report
+    from mim_framework.commands.evaluate import report
 
-    told = Options(changes=tuple(changes), **options)
-    for line in report(names.split(","), judged, told, settings.registry, as_json=as_json):
+    for line in report(names.split(","), judged, changes, settings.registry, as_json=as_json, **options):
         say(line)
 
 

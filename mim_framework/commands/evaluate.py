@@ -96,18 +96,25 @@ def evaluate(
 
 
 def report(
-    names: Sequence[str], subjects: Sequence[str], options: Options, registry: Registry, *, as_json: bool
+    names: Sequence[str],
+    subjects: Sequence[str],
+    changes: Sequence[str],
+    registry: Registry,
+    *,
+    as_json: bool = False,
+    **options: Any,
 ) -> Iterator[str]:
-    """The lines that `mim eval` prints; see `evaluate`."""
-    judged = evaluate(names, subjects, (), registry, options=options)
+    """The lines that `mim eval` prints; see `evaluate`, and `Options` for its options."""
+    told = Options(**options)
+    judged = evaluate(names, subjects, changes, registry, options=told)
     if as_json:
         yield from records(judged, registry)
         return
     yield from tables(judged)
-    if options.cache is not None:
-        files, size = FeatureCache(options.cache).size()
+    if told.cache is not None:
+        files, size = FeatureCache(told.cache).size()
         much = f"{files:,} files, {size / 2**20:,.1f} MiB"
-        yield f"cache: {much} in {options.cache}; it is never trimmed, delete it at will"
+        yield f"cache: {much} in {told.cache}; it is never trimmed, delete it at will"
 
 
 def opened_subjects(subject: str, checkpoint: str | None, registry: Registry) -> Iterator[Named]:

@@ -123,9 +123,10 @@ def test_check_and_bench_print_a_report(mim, calls):
 def test_commands_after_training_call_their_function(mim, calls, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "a.png").touch()
-    calls("mim_framework.commands.evaluate", "report", "trained: 0.5000")
+    calls("mim_framework.commands.evaluate", "report", iter(["a table", "of numbers"]))
     calls("mim_framework.commands.reconstruct", "reconstruct_run", [Path("x.png"), Path("y.png")])
-    assert mim("eval", "knn,linear", "runs", "knn.k=3").output == "trained: 0.5000\n"
+    told = mim("eval", "knn,linear", "runs", "knn.k=3", "--train", "a", "--checkpoint", "all", "--cache", "c", "--json")
+    assert told.output == "a table\nof numbers\n"
     assert mim("reconstruct", "runs", "a.png", "--output", "out").output == "x.png\ny.png\n"
     calls("mim_framework.convert", "export_run", Path("out.safetensors"))
     assert mim("export", "runs", "--to", "timm", "--output", "out").output == "out.safetensors\n"
@@ -139,6 +140,8 @@ def test_commands_after_training_call_their_function(mim, calls, tmp_path):
         ("export_run", [Path("runs"), "timm", Path("out")]),
         ("import_checkpoint", [Path("a.png"), None]),
     ]
+    sources = {"train": "a", "test": None, "checkpoint": "all", "cache": Path("c")}
+    assert calls.made[0][2] == {"as_json": True, **sources}
     defaults = {"key": None, "prefix": None, "allow_nonfinite": False}
     assert calls.made[-1][2] == {"layout": "mae", "options": {"encoder.num_heads": 12}, **defaults}
     assert mim("import", "a.png", "encoder").stderr == "mim: write it as KEY=VALUE, for example optim.lr=1e-3\n"

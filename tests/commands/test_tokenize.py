@@ -447,5 +447,6 @@ def test_knn_of_a_second_stage_needs_neither_tokenizer_nor_stored_ids(tmp_path: 
     [before] = evaluate(["knn"], [run_dir], registry=REGISTRY)
     shutil.rmtree(moved)
     shutil.rmtree(ids)
-    assert evaluate(["knn"], [run_dir], registry=REGISTRY) == [before]
+    [after] = evaluate(["knn"], [run_dir], registry=REGISTRY)
+    assert after.numbers == before.numbers
     assert before.numbers["trained"] != before.numbers["untrained"]

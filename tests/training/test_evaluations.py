@@ -18,13 +18,14 @@ from mim_framework.contract.components import Source
 from mim_framework.contract.evaluation import Evaluation
 from mim_framework.contract.records import Sample
 from mim_framework.contract.specs import Specs
+from mim_framework.contract.world import World
 from mim_framework.data.views import ImageViews
 from mim_framework.evaluate.knn import KNN
 from mim_framework.evaluate.splits import Splits
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import read_metrics
-from mim_framework.testing import RegistryWith
+from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.training.evaluations import Evaluations, Planned
 from mim_framework.training.trainer import train
 
@@ -82,11 +83,11 @@ def made(passes):
     encoder = MaskTokenViT(config, Specs(views=views.specs))
     encoder.register_forward_hook(lambda module, arguments, latent: passes.append(len(arguments[0])))
 
-    def make(*plan: Planned, labels: bool = True, encoder=encoder):
+    def make(*plan: Planned, labels: bool = True, encoder=encoder, world: World = World()):
         source = Shades(Section())
         both = frozenset({"train", "test"})
         splits = Splits({"train": source, "test": source}, both) if labels else Splits({"train": source}, frozenset())
-        evaluations = Evaluations(list(plan), encoder, views, splits, device=torch.device("cpu"))
+        evaluations = Evaluations(list(plan), encoder, views, splits, device=torch.device("cpu"), world=world)
         logged, noted = [], []
 
         def run_due(done: int, *due: float) -> None:
@@ -146,6 +147,27 @@ def test_images_that_cannot_be_read_cost_an_evaluation_and_not_the_run(made):
     run_due(9, 1.0)
     assert [step for step, _ in logged] == [9]
     assert noted[0] == "step 9: no nothing: the disk is gone"
+
+
+@pytest.mark.parametrize("layers", ["last", "each"])
+def test_two_ranks_log_the_numbers_of_one_and_share_the_passes(made, passes, layers):
+    """Ten images: with batches of 3, rank 0 and rank 1 make two passes for each split."""
+    count = Planned(Count(Section()), 1.0, 3, "last")
+    knn = Planned(KNN(KNN.Config(k=3)), 1.0, 3, layers)
+
+    def numbers(world: World) -> tuple[list, list, list[int]]:
+        passes.clear()
+        run_due, logged, noted = made(count, knn, world=world)
+        run_due(4, 1.0)
+        return logged, noted, list(passes)
+
+    alone = numbers(World())
+    ranks = run_ranks(lambda rank: numbers(World(rank, 2, rank)))
+    assert [name for _, line in alone[0] for name in line if name.startswith("knn")] == [
+        "knn_top1" if layers == "last" else "knn_layer0_top1"
+    ]
+    assert [each[:2] for each in ranks] == [alone[:2]] * 2
+    assert sum(alone[2]) == sum(ranks[0][2]) + sum(ranks[1][2]) > 0
 
 
 # --- in a recipe -----------------------------------------------------------------------------------------------------
