@@ -403,11 +403,12 @@ def doctor(ctx: click.Context) -> None:
 def evaluate(settings: Settings, names: str, subjects: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """What encoders are worth by evaluations such as knn: raw pixels, untrained encoder, trained encoder.
 
-    SUBJECT is a run directory or a checkpoint folder inside one. KEY=VALUE sets an option of an evaluation (knn.k=10,
+    SUBJECT is a run, a checkpoint folder inside one, a folder of `mim import`, a file of `mim export`, timm:NAME,
+    timm:NAME,checkpoint=FILE.safetensors or timm:NAME,random. KEY=VALUE sets an option of an evaluation (knn.k=10,
     knn.layers=each) or names other images (data.eval_source.root=FOLDER). A SOURCE is a folder or URL of class
     folders, a name such as digits, or a mapping with options: '{type: folder, root: FOLDER, pages: each}'.
     """
-    changes = [each for each in subjects if "=" in each and not Path(each).exists()]
+    changes = [each for each in subjects if is_change(each)]
     judged = [each for each in subjects if each not in changes]
     if not judged:
         raise click.UsageError("name a SUBJECT, for example a run directory")

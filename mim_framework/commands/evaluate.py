@@ -22,6 +22,7 @@ from mim_framework.evaluate.cache import FeatureCache
 from mim_framework.evaluate.measure import JudgedSubject, Reading, check, measure
 from mim_framework.evaluate.overlap import Overlap, find_overlap
 from mim_framework.evaluate.splits import Splits
+from mim_framework.features.subjects import open_encoder
 from mim_framework.recipe.draft import recipe_of, with_evaluations
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.recipe.yaml import read_yaml
@@ -74,7 +75,7 @@ def evaluate(
     What was measured is added to `evaluations.jsonl` of a run's directory, subject by subject.
 
     Args:
-        subjects: a run directory, whose newest checkpoint is taken, or a checkpoint folder inside one.
+        subjects: see `open_encoder`; of a run directory, the newest checkpoint is taken.
         changes: further ones beside those of the options.
 
     Raises:
@@ -132,8 +133,11 @@ def opened_subjects(subject: str, checkpoint: str | None, registry: Registry) ->
         yield Named(subject, opened, path.parent.parent, step_of(path))
         return
     if not (path / "recipe.yaml").is_file():
-        what = "does not exist" if not path.exists() else "has no recipe.yaml"
-        raise RecipeError(f"{subject} is neither a run directory nor a checkpoint folder inside one: it {what}")
+        opened = open_encoder(subject, registry=registry)
+        if checkpoint is not None:
+            raise RecipeError(f"--checkpoint chooses among those of a run, and {subject} is none")
+        yield Named(subject, opened, None, opened.origin.step)
+        return
     for each in _checkpoints(path, checkpoint):
         yield Named(subject, load_encoder(path, checkpoint=each, registry=registry), path, step_of(each))
 

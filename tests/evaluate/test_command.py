@@ -115,9 +115,11 @@ def test_a_run_without_labels_is_told_how_to_have_them(make_run, registry):
 
 
 def test_what_is_no_subject_is_refused(tmp_path, registry):
-    with pytest.raises(RecipeError, match="gone is neither a run directory nor a checkpoint .* it does not exist"):
+    with pytest.raises(
+        RecipeError, match=r"gone does not exist\. An encoder is named by a run directory, a checkpoint"
+    ):
         evaluate(["knn"], ["gone"], registry=registry)
-    with pytest.raises(RecipeError, match=r"is neither a run directory .* it has no recipe\.yaml"):
+    with pytest.raises(RecipeError, match=r"is a folder without a recipe\.yaml or slots\.yaml"):
         evaluate(["knn"], [tmp_path], registry=registry)
 
 
