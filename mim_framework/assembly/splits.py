@@ -60,5 +60,7 @@ def _part(source: Source, key: str, part: int) -> Source:
         return source
     if source.config not in (pair[part].config, pair[0].config):  # of several parts, the first is the default
         what = "the part to learn from" if part == 0 else "the part to be tested on"
-        logger.warning(f"{key}: source '{source.name}' divides itself; {what} is taken, not {source.config}")
+        taken = pair[part].config.model_dump()
+        chosen = " ".join(f"{k}={v!r}" for k, v in source.config.model_dump().items() if v != taken[k])
+        logger.warning(f"{key}: source '{source.name}' divides itself; {what} is taken, not {chosen}")
     return pair[part]

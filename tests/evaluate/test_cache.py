@@ -121,5 +121,5 @@ def test_the_hash_of_weights_follows_from_names_values_and_types():
 def test_a_source_is_known_by_its_options_classes_and_files(run, tmp_path: Path):
     about = about_source(run.source)
     assert (about["source"], about["classes"], about["num_images"]) == ("folder", ["blue", "green", "red"], 9)
-    assert about["options"] == {"root": f"{tmp_path}/train", "labels": True, "pages": "first"}
+    assert about["options"] == {"root": f"{tmp_path}/train", "labels": True, "list": None, "pages": "first"}
     assert {"names", "sizes"} <= about.keys()
