@@ -1,9 +1,10 @@
 """Checkpoints that are whole or not there: tensors as safetensors, the rest as JSON, everything hashed, no pickle.
 
 `checkpoints/step_00001000/` holds one `GROUP.safetensors` per group of tensors, `state.json`, and `manifest.json` with
-the size and SHA-256 of every file. It is written under a hidden temporary name on the same file system, flushed to the
-disk and renamed, so a step that bears its final name is whole. A step is never overwritten. One run writes to a folder
-at a time.
+the size and SHA-256 of every file, and with what was known beside the state. Two runs that went the same way have the
+same files, whatever stands beside them. It is written under a hidden temporary name on the same file system, flushed to
+the disk and renamed, so a step that bears its final name is whole. A step is never overwritten. One run writes to a
+folder at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +68,7 @@ class _Manifest(Section):
     format: int
     step: int = Field(ge=0)
     files: dict[Annotated[str, Field(pattern=_PLAIN_NAME)], _File]
+    beside: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Checkpoint:
     """Optimizer steps that had been made."""
     state: dict[str, Any]
     """What was saved besides tensors."""
+    beside: dict[str, str] = field(default_factory=dict)
+    """Facts of the run's surroundings, no part of its state."""
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """The tensors of a group on the CPU; empty if the checkpoint has no such group."""
@@ -85,7 +89,13 @@ class Checkpoint:
         return _read_tensors(path) if path.exists() else {}
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    beside: dict[str, str] | None = None,
+) -> Path:
     """Write `folder/step_NNNNNNNN`, whole or not at all. Call it on one rank.
 
     A whole checkpoint of the same step and content is kept as it is. Any other of this or a later step is set aside
@@ -95,6 +105,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
         folder: the run's `checkpoints` folder.
         tensors: groups of named tensors on the CPU. They may be views of each other; every name gets its own copy.
         state: what JSON can hold.
+        beside: facts that are not the same wherever a run goes on, such as the sizes of files that only some stores
+            tell; the first that were written of a step are kept.
 
     Raises:
         CheckpointError: if it cannot be written, for example because the disk is full. Nothing of it is left then,
@@ -109,7 +121,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         temporary.mkdir()
-        _write_files(temporary, step, tensors, state)
+        _write_files(temporary, step, tensors, state, beside or {})
         if final.exists():
             if _is_same(final, temporary):
                 shutil.rmtree(temporary)
@@ -191,7 +203,7 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
                 raise CheckpointError(f"{file} is damaged: {size} bytes, {written.bytes} were written")
             if _sha256(file) != written.sha256:
                 raise CheckpointError(f"{file} is damaged: its content is not what was written")
-        return Checkpoint(path, manifest.step, _read_state(path / "state.json"))
+        return Checkpoint(path, manifest.step, _read_state(path / "state.json"), manifest.beside)
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
 
@@ -243,7 +255,9 @@ def prune(
             logger.warning(f"cannot delete the old checkpoint {path}: {error}")
 
 
-def _write_files(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+def _write_files(
+    folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], beside: dict[str, str]
+) -> None:
     for group, named in tensors.items():
         save_file(_independent(named), folder / f"{group}.safetensors")
     (folder / "state.json").write_text(json.dumps(state, indent=1))
@@ -252,7 +266,7 @@ def _write_files(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]],
     }
     for group, named in tensors.items():
         files[f"{group}.safetensors"]["tensors"] = len(named)
-    content = {"format": FORMAT, "step": step, "files": files}
+    content = {"format": FORMAT, "step": step, "files": files, **({"beside": beside} if beside else {})}
     (folder / "manifest.json").write_text(json.dumps({**content, "sha256": _content_hash(content)}, indent=1))
     for path in folder.iterdir():
         flush(path)
@@ -314,7 +328,8 @@ def _is_same(final: Path, written: Path) -> bool:
         load(final)
     except CheckpointError:
         return False
-    return (final / "manifest.json").read_bytes() == (written / "manifest.json").read_bytes()
+    there, here = (_read_manifest(path / "manifest.json") for path in (final, written))
+    return (there.step, there.files) == (here.step, here.files)
 
 
 def _set_aside(path: Path) -> None:

@@ -478,8 +478,9 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must find again, as JSON; a checkpoint keeps it.
 
-        By default the number of samples and the lengths of blocks. A source that knows names adds a hash of them, as
-        they decide which sample stands where.
+        By default the number of samples and the lengths of blocks. A source that knows names adds a hash of them as
+        `names`, as they decide which sample stands where. `sizes` is for a hash of what not every place of the same
+        images tells: it stands beside a run's state and is compared where both sides have it.
         """
         found: dict[str, Any] = {"num_images": len(self)}
         if self.blocks is not None:

@@ -14,6 +14,7 @@ from mim_framework.base.files import SideFile
 from mim_framework.base.text import plain_logger
 from mim_framework.base.validation import describe, validate
 from mim_framework.checkpoints import checkpoint, state
+from mim_framework.data.identity import KNOWN_IN_PLACES, source_changes
 from mim_framework.runtime.optim import Optimizer
 from mim_framework.runtime.sharding import local
 from mim_framework.training.run import Run
@@ -45,7 +46,9 @@ class Saver:
         self.run, self.optimizers, self.saved = run, optimizers, saved
         self.folder = run.dir / "checkpoints"
         self.kept_in: set[int] = set()
-        self.identity = run.source.identity()
+        identity = run.source.identity()
+        self.beside = {name: str(identity[name]) for name in KNOWN_IN_PLACES if name in identity}
+        self.identity = {**identity, **self.beside}
 
     def due(self, done: int) -> bool:
         """Whether the recipe wants one after `done` steps."""
@@ -81,14 +84,14 @@ class Saver:
         groups = state.gather(run.model.objective, teachers, self.optimizers, run.world)
         content = {
             "num_images": len(run.source),
-            "source": self.identity,
+            "source": {name: value for name, value in self.identity.items() if name not in self.beside},
             "left_out": list(map(list, run.layout.left_out)),
             **numbers,
             "optimizer_scalars": state.scalars(self.optimizers),
         }
 
         def write() -> Path:
-            path = checkpoint.save_checkpoint(self.folder, done, groups, content)
+            path = checkpoint.save_checkpoint(self.folder, done, groups, content, self.beside)
             before = done - rising if rising else None
             best = numbers.get("best")
             checkpoint.prune(
@@ -144,7 +147,7 @@ class Saver:
         _, problems = validate(_State, found.state)
         if problems:
             raise CheckpointError(f"{found.path}/state.json is no state of a run: {describe(problems)}")
-        then = {"num_images": found.state["num_images"], **found.state.get("source", {})}
+        then = {"num_images": found.state["num_images"], **found.state.get("source", {}), **found.beside}
         if not (changes := source_changes(then, self.identity)):
             return found
         if not self.run.recipe.data.accept_changed_source:
@@ -159,15 +162,6 @@ class Saver:
             SideFile(self.run.dir / "source_changes.jsonl").append([json.dumps(line)])
             logger.warning(f"data.source has changed since {found.path}: {', '.join(changes)}; accepted by the recipe")
         return found
-
-
-def source_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two `Source.identity`, in words; what only one of them knows is not compared."""
-    words = {"names": "other names", "sizes": "files of other sizes", "blocks": "blocks of other lengths"}
-    changes = [key for key in now if key in then and then[key] != now[key]]
-    if "num_images" in changes:  # everything else follows from it
-        return [f"{then['num_images']} images -> {now['num_images']}"]
-    return [words.get(key, f"another '{key}'") for key in changes]
 
 
 def _opened(path: Path) -> checkpoint.Checkpoint:

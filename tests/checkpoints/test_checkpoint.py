@@ -320,3 +320,16 @@ def test_weights_that_are_not_there_are_a_clear_error(tmp_path):
     (tmp_path / "pickle.pth").write_bytes(b"\x80\x04.")
     with pytest.raises(CheckpointError, match=r"pickle\.pth cannot be read as safetensors"):
         load_weights(tmp_path / "pickle.pth")
+
+
+@pytest.mark.parametrize("beside", [{"sizes": "ab"}, {"sizes": "c", "place": "here"}])
+def test_what_stands_beside_the_state_is_kept_and_makes_no_other_step(tmp_path, beside: dict[str, str]):
+    path = save_checkpoint(tmp_path, 8, groups(), STATE, beside)
+    assert (load(path).state, load(path).beside) == (STATE, beside)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    save_checkpoint(tmp_path / "elsewhere", 8, groups(), STATE)
+    elsewhere = json.loads((tmp_path / "elsewhere" / path.name / "manifest.json").read_text())["files"]
+    assert files == elsewhere
+    assert save_checkpoint(tmp_path, 8, groups(), STATE, {}) == path
+    assert load(path).beside == beside
+    assert names(tmp_path) == ["elsewhere", "step_00000008"]  # nothing was set aside

@@ -11,9 +11,9 @@ from tiny import RECIPE
 
 from mim_framework.base.errors import DataError
 from mim_framework.commands.check import report
+from mim_framework.data.identity import source_changes
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.testing import RegistryWith
-from mim_framework.training.saving import source_changes
 from mim_framework.training.trainer import train
 
 
