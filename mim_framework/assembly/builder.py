@@ -219,7 +219,7 @@ class Builder:
                 raise self.misfit(
                     "data.tokens", f"views '{views.name}' mix or erase images, the ids are those of whole ones"
                 )
-            cache = TokenCache(Path(recipe.data.tokens))
+            cache = TokenCache(Path(recipe.data.tokens), accept_changed=recipe.data.accept_changed_source)
             cache.check_views(views_of=decides_pixels(recipe), seed=recipe.seed)
             companions.append(cache)
             specs[cache.spec.name] = cache.spec

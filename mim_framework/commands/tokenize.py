@@ -70,6 +70,7 @@ def tokenize(
         views_of=decides_pixels(recipe),
         tokenizer=recipe.tokenizer or "",
         precision="bfloat16" if engine.bfloat16 else "float32",
+        source=source.identity(),
     )
     writer = TokenWriter(output, facts)
     batch_size = recipe.train.batch_size or min(BATCH_SIZE, recipe.train.total_batch_size)

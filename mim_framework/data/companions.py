@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -26,11 +26,15 @@ from torch import Tensor
 from mim_framework.base import rng
 from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.base.files import replace_file, sha256_of
+from mim_framework.base.text import plain_logger
 from mim_framework.contract.components import Source
 from mim_framework.contract.mask import Grid
 from mim_framework.contract.records import Sample
 from mim_framework.contract.specs import ViewSpec
 from mim_framework.contract.world import World
+from mim_framework.data.identity import KNOWN_IN_PLACES, source_changes
+
+logger = plain_logger(__name__)
 
 IDS, FACTS, UNFINISHED = "ids.npy", "tokens.json", "unfinished.json"
 ASIDE, DONE, BROKEN_IMAGES = "ids.unfinished.npy", "done.npy", "broken_images.jsonl"
@@ -48,8 +52,8 @@ class Companion(Protocol):
 
     spec: ViewSpec
 
-    def check(self, source: Source, world: World) -> None:
-        """Called once before a run, on every rank.
+    def check(self, source: Source, world: World) -> list[str]:
+        """Called once before a run, on every rank. What is another in `source` and was accepted, on rank 0.
 
         Raises:
             DataError: if it does not belong to the samples of `source`.
@@ -73,7 +77,8 @@ def example_of(spec: ViewSpec, batch_size: int) -> Tensor:
 class TokenFacts:
     """Of what the ids are: `views_of` holds the parts of the recipe that decide the pixels, by key.
 
-    `missing` counts rows, one for every fixed view of an image, whose image could not be read.
+    `missing` counts rows, one for every fixed view of an image, whose image could not be read; `source` is the
+    `Source.identity` of the images, empty in folders of earlier versions.
     """
 
     num_images: Annotated[int, Field(gt=0, lt=2**40)]
@@ -87,6 +92,7 @@ class TokenFacts:
     format: Literal[1] = FORMAT
     sha256: str = ""
     missing: Annotated[int, Field(ge=0)] = 0
+    source: dict[str, str | int | float | bool | None] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -100,6 +106,11 @@ class TokenFacts:
     @property
     def unread(self) -> int:
         return int(np.iinfo(self.dtype).max)
+
+    def same_but_images(self, other: TokenFacts) -> bool:
+        """Whether they are of the same work, finished or not, as far as the images are the same."""
+        differing: dict[str, Any] = {"sha256": "", "missing": 0, "source": {}}
+        return replace(self, **differing) == replace(other, **differing)
 
 
 class TokenWriter:
@@ -131,7 +142,29 @@ class TokenWriter:
     def _unfinished(self) -> bool:
         """Whether the folder was begun with the same facts."""
         file = self.folder / UNFINISHED
-        return file.is_file() and file.read_bytes() == _text(self.facts)
+        if not file.is_file():
+            return False
+        try:
+            begun = _FACTS.validate_json(file.read_bytes(), strict=True)
+        except ValidationError:
+            return False
+        return begun.same_but_images(self.facts) and self._of_these_images(begun)
+
+    def _of_these_images(self, there: TokenFacts) -> bool:
+        """True; files of other sizes are only told, since broken ones may have been mended.
+
+        Raises:
+            DataError: if the ids there are those of others.
+        """
+        told = f"{self.folder} holds token ids of other images than data.source has now"
+        here = {name: value for name, value in self.facts.source.items() if name not in KNOWN_IN_PLACES}
+        if changes := source_changes(there.source, here):
+            raise DataError(f"{told}: {', '.join(changes)}; bring them back, name another folder, or delete it")
+        if changes := source_changes(there.source, self.facts.source):
+            logger.warning(f"{told}: {', '.join(changes)}; what is there stays, and what is missing is made of them")
+        if not there.source:
+            logger.warning(f"{self.folder} does not say of which images its ids are; it is taken to be of these")
+        return True
 
     def _begin(self) -> None:
         """Make the files of a new folder, or of a finished one that lacks rows; UNFINISHED comes last."""
@@ -158,8 +191,9 @@ class TokenWriter:
     def _lacks_rows(self) -> bool:
         """Whether a finished folder is of the same facts, undamaged, and without ids of some images."""
         cache = TokenCache(self.folder)
-        if cache.facts.missing == 0 or replace(cache.facts, sha256="", missing=0) != self.facts:
+        if cache.facts.missing == 0 or not cache.facts.same_but_images(self.facts):
             return False
+        self._of_these_images(cache.facts)
         cache.verify()
         return True
 
@@ -243,14 +277,17 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap[Any, An
 class TokenCache:
     """A folder that `mim tokenize` wrote: the companion of runs with `data.tokens`.
 
+    Args:
+        accept_changed: whether ids of images with other names or sizes will do.
+
     Raises:
         DataError: if it is none, or is not whole.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, accept_changed: bool = False) -> None:
+        self.folder, self._accept_changed = folder, accept_changed
         try:
-            self.facts = TypeAdapter(TokenFacts).validate_json((folder / FACTS).read_bytes(), strict=True)
+            self.facts = _FACTS.validate_json((folder / FACTS).read_bytes(), strict=True)
             Grid(self.facts.grid)  # refuses one that is too large
             self._ids = np.load(folder / IDS, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError as error:
@@ -304,17 +341,38 @@ class TokenCache:
                 "mim tokenize again"
             )
 
-    def check(self, source: Source, world: World) -> None:
+    def check(self, source: Source, world: World) -> list[str]:
         """
         Raises:
-            DataError: if the source has another number of images, or the file is damaged.
+            DataError: if the source has other images, or the file is damaged.
         """
         if len(source) != self.facts.num_images:
             raise DataError(
                 f"data.tokens {self.folder} holds ids of {self.facts.num_images:,} images, data.source has "
                 f"{len(source):,}: bring the images back, or run mim tokenize again"
             )
+        changes: list[str] = world.on_main(lambda: self._accepted(source)) or []
         world.on_main(self.verify)
+        return changes
+
+    def _accepted(self, source: Source) -> list[str]:
+        """What has changed of the images since the ids were made, if that is accepted."""
+        if not self.facts.source:
+            logger.warning(
+                f"data.tokens {self.folder} says of how many images its ids are and not of which; mim tokenize writes "
+                "that down since"
+            )
+            return []
+        if not (changes := source_changes(self.facts.source, source.identity())):
+            return []
+        told = f"data.tokens {self.folder} holds ids of other images than data.source has: {', '.join(changes)}"
+        if not self._accept_changed:
+            raise DataError(
+                f"{told}. Bring the images back, run mim tokenize again, or set data.accept_changed_source=true if "
+                "that is meant"
+            )
+        logger.warning(f"{told}; accepted by the recipe")
+        return changes
 
     def __call__(self, sample: Sample, index: int, view: int) -> Tensor:
         """(N,) int64 of one fixed view of a sample.
@@ -334,6 +392,9 @@ class TokenCache:
                 "delete it and run mim tokenize again"
             )
         return torch.from_numpy(row)
+
+
+_FACTS = TypeAdapter(TokenFacts)
 
 
 def _text(facts: TokenFacts) -> bytes:

@@ -78,8 +78,8 @@ class DataSection(Section):
     eval_train_source: SourceChoice | None = None
     """Images that evaluations learn from, if others than `source`, such as the labelled ones where it has no labels."""
     accept_changed_source: bool = False
-    """Go on with a run although its source has other images than when its checkpoint was written: others then stand
-    where those stood. Recorded in `source_changes.jsonl` of the run directory."""
+    """Go on with a run although its source has other images than when its checkpoint, or the ids of `tokens`, were
+    written: others then stand where those stood. Recorded in `source_changes.jsonl` of the run directory."""
     views_per_image: int | None = Field(None, gt=0)
     """Every image is seen in so many fixed views, one per epoch in turn; null for a new random view in every epoch."""
     tokens: LocalPath | None = Field(None, min_length=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mim_framework.assembly.cost import refuse_too_large_recipe
 from mim_framework.assembly.length import batch_layout, run_length
 from mim_framework.assembly.preflight import preflight
 from mim_framework.base.errors import DataError
+from mim_framework.base.files import SideFile
 from mim_framework.base.precision import uses_bfloat16
 from mim_framework.contract.world import World
 from mim_framework.recipe.recipe import Recipe
@@ -39,7 +41,9 @@ def set_up(
     refuse_too_large_recipe(recipe, registry, source)
     model = build_model(recipe, registry, source=source).to(device)
     for companion in model.companions:
-        companion.check(source, world)
+        if changes := companion.check(source, world):
+            line = {"tokens": recipe.data.tokens, "changes": changes, "now": source.identity()}
+            SideFile(run_dir / "source_changes.jsonl").append([json.dumps(line)])
     bfloat16 = uses_bfloat16(recipe.train.precision, device)
     preflight(model, device, bfloat16=bfloat16)
     engine = model.engine(device, bfloat16=bfloat16)

@@ -383,6 +383,75 @@ def test_too_many_images_without_ids_stop_the_call_and_keep_what_is_done(tmp_pat
     assert tokenize(recipe, REGISTRY, tmp_path / "ids").missing == 0
 
 
+def renamed(images: Path) -> None:
+    (images / "03.png").rename(images / "99.png")
+
+
+def replaced(images: Path) -> None:
+    (images / "05.png").write_bytes((images / "05.png").read_bytes() + b"more")
+
+
+@pytest.mark.slow  # a tokenizing and three runs each
+@pytest.mark.parametrize(("change", "words"), [(renamed, "other names"), (replaced, "files of other sizes")])
+def test_ids_of_other_images_are_refused_unless_that_is_accepted(
+    tmp_path: Path, stage_one: Path, caplog: pytest.LogCaptureFixture, change: Any, words: str
+):
+    images, source = folder_of(tmp_path, 8, set())
+    options = [source, "train.total_batch_size=4", "train.steps=2"]
+    tokenize(short(tmp_path, stage_one, *options), REGISTRY, tmp_path / "ids")
+    options.append(f"data.tokens={tmp_path / 'ids'}")
+    train(short(tmp_path, stage_one, *options), REGISTRY)  # nothing has changed
+    assert caplog.messages == []
+    change(images)
+    with pytest.raises(DataError, match=rf"holds ids of other images than data.source has: {words}\. Bring the"):
+        train(short(tmp_path, stage_one, *options, "name=other"), REGISTRY)
+    accepted = short(tmp_path, stage_one, *options, "name=other", "data.accept_changed_source=true")
+    run_dir = train(accepted, REGISTRY)
+    [line] = [json.loads(each) for each in (run_dir / "source_changes.jsonl").read_text().splitlines()]
+    assert (line["tokens"], line["changes"]) == (str(tmp_path / "ids"), [words])
+    assert f"{words}; accepted by the recipe" in caplog.text
+
+
+def test_ids_of_before_say_that_they_do_not_know_their_images(
+    tmp_path: Path, stage_one: Path, caplog: pytest.LogCaptureFixture
+):
+    _, source = folder_of(tmp_path, 8, set())
+    options = [source, "train.total_batch_size=4", "train.steps=1"]
+    tokenize(short(tmp_path, stage_one, *options), REGISTRY, tmp_path / "ids")
+    facts = json.loads((tmp_path / "ids" / "tokens.json").read_text())
+    assert facts["source"]["num_images"] == 8
+    assert len(facts["source"]["names"]) == 64
+    del facts["source"]
+    (tmp_path / "ids" / "tokens.json").write_text(json.dumps(facts))
+    train(short(tmp_path, stage_one, *options, f"data.tokens={tmp_path / 'ids'}"), REGISTRY)
+    [said] = caplog.messages
+    assert "says of how many images its ids are and not of which" in said
+
+
+@pytest.mark.parametrize("change", [renamed, replaced, None])
+def test_a_call_goes_on_with_the_same_names_only(
+    tmp_path: Path, stage_one: Path, caplog: pytest.LogCaptureFixture, change: Any
+):
+    """Files of other sizes may be mended ones; a folder that was begun by an earlier version knows no names."""
+    images, source = folder_of(tmp_path, 8, {3} if change is not renamed else {2})
+    recipe = short(tmp_path, stage_one, source, "train.total_batch_size=6")
+    assert tokenize(recipe, REGISTRY, tmp_path / "ids").missing == 2
+    if change is None:
+        facts = json.loads((tmp_path / "ids" / "tokens.json").read_text())
+        (tmp_path / "ids" / "tokens.json").write_text(json.dumps({**facts, "source": {}}))
+    else:
+        change(images)
+    if change is renamed:
+        with pytest.raises(DataError, match=r"ids of other images than data.source has now: other names; bring them"):
+            tokenize(recipe, REGISTRY, tmp_path / "ids")
+        return
+    bring_back(images)
+    assert tokenize(recipe, REGISTRY, tmp_path / "ids").missing == 0
+    assert ("it is taken to be of these" if change is None else "files of other sizes; what is there") in caplog.text
+    facts = json.loads((tmp_path / "ids" / "tokens.json").read_text())
+    assert facts["source"].keys() == {"num_images", "names", "sizes"}
+
+
 @pytest.mark.parametrize("torn", [slice(1, None), slice(0, 3)])
 def test_a_torn_row_never_counts_as_done(tmp_path: Path, stage_one: Path, monkeypatch: pytest.MonkeyPatch, torn: slice):
     """A row of which only a part reached the disk, whether its mark did or not."""

@@ -121,6 +121,10 @@ class FolderSource(Source):
 
     def identity(self) -> dict[str, Any]:
         """Number, a hash of the names (and pages), and for local files one of their sizes."""
+        return dict(self._identity)
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
         names = hashlib.sha256(self._names.packed())
         if self._starts is not None:
             names.update(self._starts.tobytes())
