@@ -23,15 +23,16 @@ class Faults:
 
     Args:
         share: of the files that fail at their first `times` requests; of all requests if `independent`.
-        gone_after: answers every request with 503 after so many.
+        gone_after: every request after so many fails as `gone` says.
     """
 
     def __init__(
         self, share: float = 0.0, times: int = 2, kinds: tuple[str, ...] = FAULTS, *,
-        independent: bool = False, gone_after: float = float("inf"),
+        independent: bool = False, gone_after: float = float("inf"), gone: str = "503",
     ) -> None:  # fmt: skip
         self.share, self.times, self.kinds = share, times, kinds
-        self.independent, self.gone_after = independent, gone_after
+        self.independent, self.gone_after, self.gone = independent, gone_after, gone
+        self.heads = 0
         self.asked: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self.lock = threading.Lock()
@@ -44,7 +45,7 @@ class Faults:
             draw = random.Random(f"{path} {number}" if self.independent else path)
             hit = draw.random() < self.share and (self.independent or number <= self.times)
             kind = draw.choice(self.kinds) if hit else None
-            kind = "503" if self.asked.total() > self.gone_after else kind
+            kind = self.gone if self.asked.total() > self.gone_after else kind
             if kind is not None:
                 self.failed[kind] += 1
         return kind

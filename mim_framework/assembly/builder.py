@@ -38,9 +38,9 @@ from mim_framework.contract.records import Views
 from mim_framework.contract.specs import Specs
 from mim_framework.contract.step import Step
 from mim_framework.data.companions import Companion, TokenCache, example_of
+from mim_framework.data.file_systems import RemoteSection
 from mim_framework.data.labels import LABEL, Labels, num_classes_of
 from mim_framework.data.order import sample_order
-from mim_framework.data.stores import RemoteSection
 from mim_framework.data.views import MIXING_OPTIONS, UNSAID
 from mim_framework.evaluate.measure import check
 from mim_framework.nn.images import Renormalize

@@ -17,12 +17,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from pydantic import Field
-
 from mim_framework.base.errors import BrokenImage, Cause, DataError, Unreachable
 from mim_framework.base.paths import is_url
-from mim_framework.base.section import Section
-from mim_framework.base.text import masked, unmasked
+from mim_framework.base.text import masked, plain_logger, unmasked
+from mim_framework.data.answers import FAULTS_OF_THE_CALL, Answer, told
+from mim_framework.data.file_systems import (
+    HTTP,
+    NOTICES_SILENCE,
+    RemoteSection,
+    check_address,
+    open_file_system,
+    protocol_of,
+)
+
+logger = plain_logger(__name__)
 
 T = TypeVar("T")
 
@@ -34,15 +42,6 @@ LISTING_SECONDS = 18.0
 """The same for a folder's listing, on which a person waits."""
 LONGEST_CALL = 600.0
 """One read or listing may take so long where silence is noticed by itself, or only its end can be waited for."""
-
-_NOTICES_SILENCE = ("http", "https", "s3")
-"""Protocols whose file systems can give up after some seconds without a byte, whatever the size of the file."""
-
-_TEMPORARY_STATUS = frozenset({408, 425, 429})
-_MISSING_STATUS = frozenset({404, 410})
-_FORBIDDEN_STATUS = frozenset({401, 403, 407})
-_FAULTS_OF_THE_CALL = (TypeError, AttributeError, NotImplementedError, ImportError, MemoryError)
-"""Of a file system's code, not of its server."""
 
 
 class Store(Protocol):
@@ -71,18 +70,6 @@ class Store(Protocol):
 
     def size(self, name: str) -> int:
         """Bytes of a file, without reading it; raises as `read` does."""
-
-
-class RemoteSection(Section):
-    """How patiently a remote store is asked; for a source's options to inherit. Local folders do not use it."""
-
-    retries: int = Field(5, ge=0, le=100)
-    """Further tries of a remote read that fails for a reason that may pass (server errors, resets, silence, short
-    answers), with random waits of up to 0.1, 0.2, 0.4 ... 15 seconds between them and none begun after 60 seconds; then
-    the run saves and stops. Clients of object stores do alike: s3fs 4 further tries with waits of up to 15 seconds."""
-    timeout: float = Field(10.0, gt=0, le=3600)
-    """Seconds without a byte from a remote store after which a try has failed (s3fs waits for 15 by itself, fsspec's
-    http for 300). Over http and s3 a file may take longer while bytes arrive, elsewhere it bounds a whole read."""
 
 
 class Tally:
@@ -181,7 +168,8 @@ class RemoteStore:
             DataError: if no installed file system takes the URL.
         """
         self._root, self._key, self._patience = root, key, patience or RemoteSection()
-        self._protocol = root.split("://")[0]
+        self._protocol = protocol_of(root)
+        check_address(root, key)
         try:
             self._file_system()
         except ImportError as error:
@@ -198,13 +186,15 @@ class RemoteStore:
         while pending:
             folder = pending.pop()
             for name, is_folder in self._entries(file_system, folder, top):
-                below = name.removeprefix(top).strip("/")
                 if not name.startswith(top + "/"):
                     continue
-                if below.rpartition("/")[2].startswith("."):
+                below = name.removeprefix(top).strip("/")
+                nameless = is_folder and name == folder + "/" and self._protocol not in HTTP  # of `folder//file`
+                if nameless or below.rpartition("/")[2].startswith("."):
                     self.num_hidden += 1
                 elif not is_folder:
-                    yield below
+                    if not name.endswith("/"):  # else the object that stands for an empty folder
+                        yield below
                 elif name.rstrip("/") not in seen:
                     seen.add(name.rstrip("/"))
                     pending.append(name.rstrip("/"))
@@ -242,6 +232,11 @@ class RemoteStore:
         try:
             return self._patiently(once, READING_SECONDS)
         except _Refused as refused:
+            if refused.of_the_store:
+                raise Unreachable(
+                    f"{self._key}: '{self._root}' refuses every file, not only '{name}': {refused}. The image is "
+                    "not at fault and none is taken in its place; see to the credentials, the bucket and the options"
+                ) from refused
             raise BrokenImage(name, refused.cause, f"{refused}") from refused
         except _GivenUp as given_up:
             raise Unreachable(
@@ -259,7 +254,7 @@ class RemoteStore:
 
         shown = self._root.rstrip("/") + folder.removeprefix(top)
         try:
-            entries = self._patiently(once, LISTING_SECONDS)
+            entries = self._patiently(once, LISTING_SECONDS, waiting=f"{self._key}: '{shown}' cannot be listed yet")
         except _Refused as refused:
             if refused.cause == "missing":
                 text = f"{self._key}: '{shown}' does not exist or is not a folder; check the URL and the credentials"
@@ -280,10 +275,13 @@ class RemoteStore:
 
     def _limit(self) -> float:
         """Seconds for a whole read: few where nothing else notices a server that is silent."""
-        return LONGEST_CALL if self._protocol in _NOTICES_SILENCE else self._patience.timeout
+        return LONGEST_CALL if self._protocol in NOTICES_SILENCE else self._patience.timeout
 
-    def _patiently(self, once: Callable[[], T], seconds: float) -> T:
+    def _patiently(self, once: Callable[[], T], seconds: float, *, waiting: str = "") -> T:
         """What `once` gives, asked again while it fails for a reason that may pass.
+
+        Args:
+            waiting: told at the first failure, where somebody waits.
 
         Raises:
             _Refused: if there is no point in asking again.
@@ -295,40 +293,25 @@ class RemoteStore:
                 REMOTE.add("retries")
             try:
                 return once()
-            except _FAULTS_OF_THE_CALL:
+            except FAULTS_OF_THE_CALL:
                 raise
             except Exception as error:  # file systems raise the errors of their network libraries too
-                cause = cause_of(error)
-                if cause is not None:
-                    raise _Refused(cause, _told(error)) from error
+                answer = Answer.of(error)
+                if answer.cause is not None:
+                    raise _Refused(answer.cause, told(error), of_the_store=answer.of_the_store) from error
                 last = error
+            if waiting and not number and self._patience.retries:
+                logger.warning(f"{waiting}: {told(last)}; asking again for up to {seconds:.0f} s")
             wait = wait_before(number + 1)
             if number == self._patience.retries or time.monotonic() - began + wait > seconds:
                 break
             time.sleep(wait)
         REMOTE.add("unreachable")
         tried = f"tried {number + 1} times in {time.monotonic() - began:.0f} s"
-        raise _GivenUp(f"{tried}, at last {_told(last)}") from last
+        raise _GivenUp(f"{tried}, at last {told(last)}") from last
 
     def _file_system(self) -> tuple[Any, str]:
-        from fsspec.core import url_to_fs
-
-        file_system, path = url_to_fs(self._root, **self._options())  # fsspec keeps one instance per process
-        if self._protocol == "s3":
-            file_system.retries = 1  # s3fs has tries of its own, which would multiply with ours and not be counted
-        return file_system, path
-
-    def _options(self) -> dict[str, Any]:
-        """Options of the file system: after how many seconds of silence a call fails, and that it is not repeated."""
-        seconds = self._patience.timeout
-        if self._protocol in ("http", "https"):
-            import aiohttp
-
-            return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(None, sock_connect=seconds, sock_read=seconds)}}
-        if self._protocol == "s3":
-            once = {"retries": {"total_max_attempts": 1}}
-            return {"config_kwargs": {"connect_timeout": seconds, "read_timeout": seconds, **once}}
-        return {}
+        return open_file_system(self._root, self._patience)
 
 
 def store_of(root: str, key: str, patience: RemoteSection | None = None) -> LocalStore | RemoteStore:
@@ -341,44 +324,13 @@ def store_of(root: str, key: str, patience: RemoteSection | None = None) -> Loca
 class _Refused(Exception):
     """An answer that will not change."""
 
-    def __init__(self, cause: Cause, text: str) -> None:
+    def __init__(self, cause: Cause, text: str, *, of_the_store: bool) -> None:
         super().__init__(text)
-        self.cause = cause
+        self.cause, self.of_the_store = cause, of_the_store
 
 
 class _GivenUp(Exception):
     """No answer, after the last try."""
-
-
-def cause_of(error: BaseException) -> Cause | None:
-    """Why a remote file cannot be used, or None if the store may answer at another time.
-
-    Whatever is not known to be the file's fault is taken for the store's: a run then stops, and loses no sample.
-    """
-    status = _status_of(error)
-    if status in _MISSING_STATUS or isinstance(error, FileNotFoundError):
-        return "missing"
-    if status in _FORBIDDEN_STATUS or isinstance(error, PermissionError):
-        return "forbidden"
-    if isinstance(error, IsADirectoryError | NotADirectoryError):
-        return "unreadable"
-    if status is not None and 400 <= status < 500 and status not in _TEMPORARY_STATUS:
-        return "unreadable"
-    return "unreadable" if isinstance(error, ValueError) and not isinstance(error, OSError) else None
-
-
-def _status_of(error: BaseException) -> int | None:
-    """The status of an answer over HTTP, where the libraries of file systems keep it."""
-    for name in ("status", "status_code", "code"):
-        value = getattr(error, name, None)
-        if isinstance(value, int | str) and str(value).isdigit():
-            return int(value)
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):  # botocore
-        value = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    else:
-        value = getattr(response, "status_code", None)
-    return value if isinstance(value, int) else None
 
 
 _JITTER = random.SystemRandom()
@@ -428,10 +380,6 @@ class _Call:
         if self._error is not None:
             raise self._error
         return self._value
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _without_its_secret(root: str, key: str, patience: RemoteSection | None) -> RemoteStore:

@@ -18,7 +18,7 @@ from mim_framework.base.errors import DataError
 from mim_framework.base.files import replacing
 from mim_framework.base.text import plain_logger, without_secrets
 from mim_framework.contract.components import Encoder, Source, ViewBuilder
-from mim_framework.data.stores import RemoteSection
+from mim_framework.data.file_systems import RemoteSection
 
 logger = plain_logger(__name__)
 

@@ -34,10 +34,11 @@ EXPLOSIONS = "explosions.json"
 
 MAY_CHANGE = (
     "description", "output_dir", "init", "data.workers", "data.prefetch_factor", "data.source.root",
-    "data.source.labels", "data.source.retries", "data.source.timeout", "data.eval_source", "data.eval_train_source",
-    "data.max_broken", "data.accept_changed_source", "data.tokens", "train.batch_size", "train.device",
-    "train.precision", "train.distributed", "train.compile", "train.max_nonfinite_steps", "train.on_explosion",
-    "train.max_rewinds", "train.on_save_error", "train.step_timeout", "log", "checkpoint", "evaluate", "published",
+    "data.source.labels", "data.source.retries", "data.source.timeout", "data.source.storage_options",
+    "data.eval_source", "data.eval_train_source", "data.max_broken", "data.accept_changed_source", "data.tokens",
+    "train.batch_size", "train.device", "train.precision", "train.distributed", "train.compile",
+    "train.max_nonfinite_steps", "train.on_explosion", "train.max_rewinds", "train.on_save_error",
+    "train.step_timeout", "log", "checkpoint", "evaluate", "published",
 )  # fmt: skip
 """Keys that a resumed run may change: none of them changes what is learned, beyond rounding."""
 

@@ -142,6 +142,13 @@ class Log:
         """A line with what was counted until reading failed, in the step after `done`. Every rank must call it."""
         self.numbers(done, self._troubles(self._read_by_ranks()))
 
+    def reading_failed_at_once(self, done: int) -> None:
+        """A line with what servers did to this rank until its first read failed, where no other takes part."""
+        if found := {
+            name: value for name, value in self._troubles([self.loader.counts()]).items() if name in OF_THE_SERVER
+        }:
+            self.numbers(done, found)
+
     def _read_by_ranks(self, **of: bool) -> list[dict[str, int]]:
         """What the loader of each rank has counted, without zeros."""
         counts = self.loader.counts(**of)

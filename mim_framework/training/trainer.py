@@ -21,7 +21,7 @@ from mim_framework.assembly.builder import build_optimizers
 from mim_framework.assembly.doubts import doubts
 from mim_framework.assembly.splits import evaluation_splits
 from mim_framework.base import rng
-from mim_framework.base.errors import DataError, TrainingError
+from mim_framework.base.errors import DataError, TrainingError, Unreachable
 from mim_framework.checkpoints.checkpoint import Checkpoint
 from mim_framework.contract.components import Component
 from mim_framework.contract.world import World
@@ -228,6 +228,8 @@ class Trainer:
                 self._say_what_is_left_out()
         except BaseException as raised:
             error = raised
+            if isinstance(raised, Unreachable) and self.loader.failure is None:
+                self.log.reading_failed_at_once(self.start)
             raise
         finally:
             self.listeners.tell("mim_run_finished", error=error)

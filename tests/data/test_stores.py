@@ -17,8 +17,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from mim_framework.base.errors import BrokenImage, DataError, Unreachable
 from mim_framework.data import stores
+from mim_framework.data.answers import Answer
 from mim_framework.data.sources.folder import FolderSource
-from mim_framework.data.stores import REMOTE, LocalStore, RemoteSection, RemoteStore, cause_of, store_of, wait_before
+from mim_framework.data.stores import REMOTE, LocalStore, RemoteSection, RemoteStore, store_of, wait_before
 
 
 class FlakyFileSystem(MemoryFileSystem):
@@ -65,7 +66,7 @@ class AnswerError(Exception):
 class BotoError(Exception):
     def __init__(self, status: int) -> None:
         super().__init__("boto")
-        self.response = {"Error": {"Code": "SlowDown"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        self.response = {"Error": {"Code": str(status)}, "ResponseMetadata": {"HTTPStatusCode": status}}
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def store(retries: int = 5, timeout: float = 10.0) -> RemoteStore:
     ],
 )  # fmt: skip
 def test_only_what_is_known_to_be_the_files_fault_is(error: Exception, cause: str | None):
-    assert cause_of(error) == cause
+    assert Answer.of(error) == Answer(cause)
 
 
 @pytest.mark.parametrize(("status", "cause"), [(404, "missing"), (403, "forbidden")])
@@ -189,6 +190,14 @@ def test_a_folder_that_fails_is_listed_again_and_never_left_out(flaky: FlakyFile
     flaky.errors[folder] = [AnswerError(500)] * 9
     with pytest.raises(Unreachable, match=r"'flaky://bucket(/dog)?' cannot be listed, the server does not answer"):
         list(store(retries=1).list())
+
+
+def test_who_waits_for_a_listing_is_told_once(flaky: FlakyFileSystem, caplog: pytest.LogCaptureFixture):
+    flaky.errors["/bucket"] = [AnswerError(500)] * 3
+    assert len(list(store().list())) == 2
+    assert caplog.messages == [
+        "data.source.root: 'flaky://bucket' cannot be listed yet: AnswerError: answer 500; asking again for up to 18 s"
+    ]
 
 
 @pytest.mark.parametrize(("status", "text"), [(404, "does not exist or is not a folder"), (403, "cannot be listed")])

@@ -12,8 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
-from PIL import Image
+from remote import (
+    NUM_IMAGES,
+    STEPS,
+    assert_counted,
+    counted,
+    hashes,
+    nothing_replaced,
+    pictures,
+    run,
+    run_until_it_ends,
+    trained,
+)
 from tiny import RECIPE
 from web import FAULTS, Faults, served
 
@@ -23,22 +33,13 @@ from mim_framework.checkpoints.checkpoint import find_latest
 from mim_framework.contract.components import Source
 from mim_framework.contract.records import Sample
 from mim_framework.data import stores
-from mim_framework.recipe.draft import load_recipe
-from mim_framework.registry.registry import Registry
-from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
-from mim_framework.training.trainer import train
-
-NUM_IMAGES, STEPS = 32, 12
+from mim_framework.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    for number in range(NUM_IMAGES):
-        pixels = np.random.default_rng(number).integers(0, 255, (20, 20, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
-    return folder
+    return pictures(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -49,51 +50,6 @@ def from_disk(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "FIRST_WAIT", 1e-3)
-
-
-def run(folder: Path, root: str, *, steps: int = STEPS, **source: Any) -> dict[str, str]:
-    """Hashes of the tensors in the last checkpoint of a run, by file.
-
-    Its `state.json` also says what the source is, of which a server tells less than a disk.
-    """
-    content = {
-        **RECIPE,
-        "output_dir": str(folder),
-        "data": {"source": {"type": "folder", "root": root, **source}, "workers": 0},
-        "train": {**RECIPE["train"], "steps": steps},
-        "checkpoint": {"every_epochs": 0, "every_steps": 100},
-    }
-    trained(folder, content, Registry())
-    return {name: sha256 for name, sha256 in hashes(folder).items() if name.endswith(".safetensors")}
-
-
-def trained(folder: Path, content: dict[str, Any], registry: Registry) -> Path:
-    folder.mkdir(exist_ok=True)
-    file = folder / f"recipe_{os.getpid()}.yaml"
-    file.write_text(yaml.safe_dump(content))
-    return train(load_recipe(file, (), registry), registry)
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    found = find_latest(folder / "tiny" / "checkpoints")
-    files = json.loads((found.path / "manifest.json").read_text())["files"]
-    return {name: entry["sha256"] for name, entry in files.items()}
-
-
-def counted(folder: Path) -> dict[str, float]:
-    lines = read_metrics(folder / "tiny" / "metrics.jsonl")
-    return {name: value for name, value in lines[-1].items() if name in ("retries", "unreachable") or "broken" in name}
-
-
-def assert_counted(folder: Path, faults: Faults) -> None:
-    """Every fault is a retry, but for resets of kept connections, which aiohttp repeats by itself."""
-    [(name, retries)] = counted(folder).items()
-    assert name == "retries"
-    assert faults.failed.total() - faults.failed["reset"] <= retries <= faults.failed.total()
-
-
-def nothing_replaced(folder: Path) -> bool:
-    return not list((folder / "tiny").glob("broken_images*"))
 
 
 # --- over HTTP -------------------------------------------------------------------------------------------------------
@@ -120,19 +76,12 @@ def test_with_independent_faults_a_run_ends_with_the_same_bits_or_stops_saved(
     """With one further try, about one read in eleven is given up: every stop makes a checkpoint, and it goes on."""
     pytest.importorskip("aiohttp")
     faults = Faults(0.3, independent=True, kinds=("500", "503", "reset", "short"))
-    stops = 0
     with served(images, faults) as url:
-        for _ in range(100):
-            try:
-                found = run(tmp_path, url, retries=retries)
-                break
-            except Unreachable:
-                stops += 1
-                assert nothing_replaced(tmp_path)
+        found, stops = run_until_it_ends(tmp_path, url, faults, retries=retries)
     assert found == from_disk
     assert stops == 0 if retries == 9 else stops > 0
-    if not stops:
-        assert_counted(tmp_path, faults)
+    assert_counted(tmp_path, faults)
+    assert counted(tmp_path).get("unreachable", 0) == stops
 
 
 @pytest.mark.slow
@@ -150,6 +99,30 @@ def test_a_server_that_stays_away_stops_the_run_after_a_checkpoint(
     with served(images) as url:
         assert run(tmp_path, url, retries=5) == from_disk
     assert counted(tmp_path) == {"retries": 2, "unreachable": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["disk", "server"])
+def test_a_run_goes_on_elsewhere_and_its_state_is_the_same(tmp_path, images, from_disk, monkeypatch, first: str):
+    """A server tells no sizes, which stand beside the state; what both know is compared."""
+    pytest.importorskip("aiohttp")
+
+    def interrupted(*arguments: Any) -> Any:
+        if arguments[1] == 7:
+            raise KeyboardInterrupt
+        return train_step(*arguments)
+
+    train_step = Trainer.train_step
+    with served(images) as url:
+        roots = [str(images), url] if first == "disk" else [url, str(images)]
+        monkeypatch.setattr(Trainer, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, roots[0], every=6)
+        monkeypatch.setattr(Trainer, "train_step", train_step)
+        assert run(tmp_path, roots[1], every=6) == from_disk
+    found = sorted((tmp_path / "tiny" / "checkpoints").rglob("manifest.json"))
+    beside = [json.loads(each.read_text()).get("beside", {}) for each in found]
+    assert [list(each) for each in beside] == ([["sizes"], []] if first == "disk" else [[], ["sizes"]])
 
 
 # --- the same without a server ---------------------------------------------------------------------------------------

@@ -14,14 +14,16 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mim_framework.base.errors import BrokenImage, DataError
+from mim_framework.base.paths import is_url
 from mim_framework.base.section import LocalPath, PathOrURL, Section
 from mim_framework.contract.components import Source
 from mim_framework.contract.records import Sample
 from mim_framework.data.decode import num_pages
-from mim_framework.data.stores import LocalStore, RemoteSection, store_of
+from mim_framework.data.file_systems import RemoteSection
+from mim_framework.data.stores import LocalStore, store_of
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset([
@@ -60,6 +62,12 @@ class FolderSource(Source):
         pages: Literal["first", "each"] = "first"
         """What is read of a file of several pages or frames, such as a TIFF volume or a GIF: the first, or each as a
         sample of its own, named `file.tif#3`. For `each`, all files that may have pages are opened at the start."""
+
+        @model_validator(mode="after")
+        def _options_for_a_url(self) -> FolderSource.Config:
+            if self.storage_options and not is_url(self.root):
+                raise ValueError("storage_options are for URLs, and root is a local folder; leave them out")
+            return self
 
     config: Config
 
