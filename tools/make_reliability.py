@@ -39,6 +39,7 @@ ROWS = {
     "g": "torn last line of the log",
     "i": "a save that fails",
     "k": "kill -9 of `mim tokenize`",
+    "kill -9 of export": "kill -9 of `mim export`",
     "n": "component that raises",
     "o": "password in an address",
     "q": "no network",

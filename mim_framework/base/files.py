@@ -21,23 +21,46 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which then takes the place of `path`: whole and on the disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def replacing(path: Path, *, in_folder: bool = False) -> Iterator[Path]:
+    """A name to write a file under, which then takes the place of `path`: whole and on the disk, or not at all.
+
+    A kill leaves `.NAME.tmp` beside it, which the next call for the same path takes away.
+
+    Args:
+        in_folder: give a name in a folder of its own, for libraries such as safetensors that write to files with names
+            of their choice, which a kill would leave too.
+    """
+    aside = _aside(path)
+    temporary = aside / path.name if in_folder else aside
     try:
+        if in_folder:
+            aside.mkdir()
         yield temporary
         flush(temporary)
         temporary.replace(path)
         flush(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(aside)
+
+
+def _aside(path: Path) -> Path:
+    """The hidden name beside `path` under which it is made; what a kill has left there is taken away."""
+    aside = path.with_name(f".{path.name}.tmp")
+    _remove(aside)
+    return aside
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write files to, which then appears as `path`: whole and on the disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _aside(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary

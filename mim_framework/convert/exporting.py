@@ -28,7 +28,8 @@ def export_run(run_dir: Path, to: str, output: Path | None = None, registry: Reg
 
     The plugin that brings the encoder brings the layouts too, as checkpoint formats named `METHOD_LAYOUT`; that of an
     objective may bring others for its runs. Beside the tensors stand the slots of the run, which `import_checkpoint`
-    reads and other code does not see. The file appears whole or not at all.
+    reads and other code does not see. The file appears whole or not at all; what a kill leaves is hidden, `.NAME.tmp`,
+    and gone with the next export to the same file.
 
     Args:
         to: the layout, `timm` or `official`.
@@ -57,7 +58,7 @@ def export_run(run_dir: Path, to: str, output: Path | None = None, registry: Reg
     output = output or run_dir / "export" / f"{to}{SUFFIX_OF.get(to, '.safetensors')}"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(output) as temporary:
+        with replacing(output, in_folder=True) as temporary:
             if output.suffix == ".safetensors":
                 tensors = {name: tensor.contiguous() for name, tensor in exported.items()}
                 save_file(tensors, temporary, {"format": "pt", RECORD: json.dumps(record)})

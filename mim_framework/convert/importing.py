@@ -336,7 +336,8 @@ def _write_folder(folder: Path, weights: dict[str, Tensor], slots: str) -> None:
             save_file(weights, aside / IMPORTED_WEIGHTS)
             (aside / IMPORTED_SLOTS).write_text(slots)
         return
-    with replacing(folder / IMPORTED_SLOTS) as new_slots, replacing(folder / IMPORTED_WEIGHTS) as new_weights:
+    whole_weights = replacing(folder / IMPORTED_WEIGHTS, in_folder=True)
+    with replacing(folder / IMPORTED_SLOTS) as new_slots, whole_weights as new_weights:
         save_file(weights, new_weights)
         new_slots.write_text(slots)
         (folder / IMPORTED_SLOTS).unlink(missing_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import random
@@ -14,8 +16,10 @@ from pathlib import Path
 import faulty
 import pytest
 import tiny
+import torch
 import yaml
 from faulty import SHORT, at_step, hashes, log, mim, steps
+from safetensors.torch import load_file
 
 from mim_framework.checkpoints.checkpoint import list_checkpoints
 
@@ -395,6 +399,65 @@ def _kill_at_put(number: int) -> faulty.Fault:
         TokenWriter.put = faulty_put
 
     return install
+
+
+def _kill_at_byte(number: int) -> faulty.Fault:
+    """The system kills the process in the middle of a file, where it writes the byte of that number."""
+
+    def install() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
+
+    return install
+
+
+@pytest.mark.fault(row="kill -9 of export")
+@pytest.mark.parametrize(("to", "suffix"), [("timm", ".safetensors"), ("official", ".pth")])
+def test_export_is_killed(run, tmp_path: Path, to: str, suffix: str, figure) -> None:
+    """At every operation on a file, and in the middle of writing: into an empty folder and over an older export."""
+    assert run("one").code == 0
+    assert run("two", "seed=1").code == 0
+    outputs = {name: tmp_path / "whole" / f"{name}{suffix}" for name in ("one", "two")}
+    for name, output in outputs.items():
+        assert mim("export", tmp_path / name, "--to", to, "--output", output).code == 0
+    old, new = (weights_of(path) for path in outputs.values())
+    size = outputs["two"].stat().st_size
+    command = ["export", tmp_path / "two", "--to", to, "--output"]
+
+    in_the_middle = [_kill_at_byte(byte) for byte in (size // 8, size // 2, size - 1)]
+    at_operations = (faulty.at_file(number, faulty.kill, "/out") for number in itertools.count(1))
+    ends = {-signal.SIGXFSZ: 0, -signal.SIGKILL: 0}
+    for number, fault in enumerate(itertools.chain(in_the_middle, in_the_middle, at_operations)):
+        folder = tmp_path / f"{number}" / "out"
+        file = folder / f"weights{suffix}"
+        before = None
+        if number >= len(in_the_middle):
+            folder.mkdir(parents=True)
+            shutil.copyfile(outputs["one"], file)
+            before = old
+        ended = mim(*command, file, fault=fault)
+        if ended.code == 0:
+            break
+        ends[ended.code] += 1
+        assert (weights_of(file) if file.exists() else None) in (before, new)
+        assert mim(*command, file).code == 0
+        assert weights_of(file) == new
+        assert [path.name for path in folder.iterdir()] == [file.name]
+    figure(
+        f"{to}: {ends[-signal.SIGKILL]} kills at operations on files, {ends[-signal.SIGXFSZ]} while writing: "
+        "the old file, none or the whole new one; the next export leaves nothing over"
+    )
+    assert ends[-signal.SIGXFSZ] == 6
+    assert ends[-signal.SIGKILL] >= 6
+
+
+def weights_of(path: Path) -> str:
+    """A hash of the tensors of an exported file, which must be whole."""
+    found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)["model"]
+    together = hashlib.sha256()
+    for name in sorted(found):
+        together.update(name.encode() + found[name].contiguous().numpy().tobytes())
+    return together.hexdigest()
 
 
 @pytest.mark.fault(row="q")
