@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mim_framework.assembly.fits import refusal
 from mim_framework.assembly.trained import trained_encoder
-from mim_framework.assembly.weights import load_init, load_into, some
+from mim_framework.assembly.weights import Filled, load_init, load_into, some
 from mim_framework.base.errors import CheckpointError, DataError, MimError, RecipeError, did_you_mean
 from mim_framework.base.section import Choice
 from mim_framework.contract.components import (
@@ -64,6 +64,8 @@ class Model:
     companions: tuple[Companion, ...]
     notes: tuple[str, ...] = field(default=(), kw_only=True)
     """What the user should know at the start of a run."""
+    init_fills: Filled | None = field(default=None, kw_only=True)
+    """What the recipe's `init` holds of the objective, if it was read."""
 
     def example(self, batch_size: int) -> dict[str, Tensor]:
         """A made-up batch before `prepare`: the views, and what travels beside them."""
@@ -92,12 +94,18 @@ class Model:
 
 
 def build_model(
-    recipe: Recipe, registry: Registry, *, with_weights: bool = True, source: Source | None = None
+    recipe: Recipe,
+    registry: Registry,
+    *,
+    with_weights: bool = True,
+    compare_weights: bool = False,
+    source: Source | None = None,
 ) -> Model:
     """Build everything but the data. Weights depend on the recipe's seed only.
 
     Args:
         with_weights: read `init` and the checkpoints of frozen teachers; False leaves them at their random values.
+        compare_weights: without `with_weights`, read the files all the same and refuse what does not fit.
         source: the recipe's data source, which a recipe with labels asks for its classes; built if it is needed.
 
     Raises:
@@ -106,7 +114,7 @@ def build_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return Builder(recipe, registry, source).build(with_weights)
+        return Builder(recipe, registry, source).build(with_weights, with_weights or compare_weights)
 
 
 def build_source(recipe: Recipe, registry: Registry) -> Source:
@@ -159,7 +167,8 @@ class Builder:
         self.specs = Specs()
         self.built: dict[str, str] = {}
 
-    def build(self, with_weights: bool) -> Model:
+    def build(self, with_weights: bool, read_weights: bool) -> Model:
+        """`read_weights` without `with_weights`: compare files with the model and load none."""
         recipe = self.recipe
         views = self.build_views()
         companions = self.build_companions(views)
@@ -169,7 +178,7 @@ class Builder:
         with torch.random.fork_rng(devices=[]):  # the rest begins with the same weights, whatever teachers there are
             for name, section in sections.items():
                 if not section.copy_of:
-                    self.build_frozen(teachers, name, section, with_weights)
+                    self.build_frozen(teachers, name, section, with_weights, read_weights)
         if with_weights:
             self.load_published("encoder", encoder)
         copies = {name: section for name, section in sections.items() if "encoder" in section.copy_of}
@@ -191,9 +200,9 @@ class Builder:
         parts = Parts(masker, encoder, heads, views, self.specs)
         objective: Objective = self.make("objective", "objective", recipe.objective, parts)
 
-        notes = []
-        if with_weights and recipe.init is not None:
-            filled = load_init(objective, Path(recipe.init))
+        notes, filled = [], None
+        if read_weights and recipe.init is not None:
+            filled = load_init(objective, Path(recipe.init), only_compare=not with_weights)
             if not filled.complete:
                 notes.append(f"init {recipe.init} fills a part of the model, the rest starts at random:{filled}")
         with self.slot("train.frozen"):
@@ -204,7 +213,8 @@ class Builder:
             for component in objective.components():
                 self.check_teacher_asks(component)
                 teachers.declare(component.teacher_asks())
-        return Model(recipe, views, objective, teachers, self.specs, companions, notes=tuple(notes))
+        parts_of_model = (recipe, views, objective, teachers, self.specs, companions)
+        return Model(*parts_of_model, notes=tuple(notes), init_fills=filled)
 
     def build_views(self) -> ViewBuilder:
         views: ViewBuilder = self.make("views", "views", self.recipe.views)
@@ -268,7 +278,9 @@ class Builder:
         with self.slot(where, encoder.name):
             encoder.load_published()
 
-    def build_frozen(self, teachers: Teachers, name: str, section: TeacherSection, with_weights: bool) -> None:
+    def build_frozen(
+        self, teachers: Teachers, name: str, section: TeacherSection, with_weights: bool, read_weights: bool
+    ) -> None:
         """A frozen encoder sees its view as "x", in the normalisation it was trained in."""
         where = f"teachers.{name}" if name in self.recipe.teachers else name
         choice, mean, std = section.encoder, None, None
@@ -295,8 +307,8 @@ class Builder:
         self.check_weights(place, name, section, teacher)
         if with_weights:
             self.load_published(place, teacher)
-        if with_weights and path is not None:
-            missing = load_into(teacher, path, prefix="encoder.")
+        if read_weights and path is not None:
+            missing = load_into(teacher, path, prefix="encoder.", only_compare=not with_weights)
             if missing:
                 raise CheckpointError(f"{path} lacks {some(missing)} of the encoder of teacher '{name}'")
         teachers.add_frozen(name, teacher, Renormalize(given, mean, std))

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,17 @@ def measure_cost(recipe: Recipe, registry: Registry, *, source: Source | None = 
     with _unless_values_are_needed():
         return _count(recipe, _of_sane_size(recipe, registry, source), torch.device("meta"))
     return _count(recipe, build_model(recipe, registry, with_weights=False, source=source), torch.device("cpu"))
+
+
+def compare_weights(recipe: Recipe, registry: Registry, *, source: Source | None = None) -> Model:
+    """The model after the files of the recipe's weights were read and compared with it; none of them is loaded.
+
+    Raises:
+        CheckpointError: if a file cannot be read, does not fit, or fills hardly anything.
+    """
+    with suppress(RuntimeError), _unless_values_are_needed(), torch.device("meta"):  # as where tables are resized
+        return build_model(recipe, registry, with_weights=False, compare_weights=True, source=source)
+    return build_model(recipe, registry, with_weights=False, compare_weights=True, source=source)
 
 
 def refuse_too_large_recipe(recipe: Recipe, registry: Registry, source: Source) -> None:

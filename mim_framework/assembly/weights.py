@@ -28,6 +28,11 @@ class Part:
     values: int = 0
     values_matched: int = 0
 
+    def __str__(self) -> str:
+        other = f", {self.mismatched} of other shapes" if self.mismatched else ""
+        counts = f"{self.matched} of {self.tensors} tensors{other}"
+        return f"{counts} ({self.values_matched:,} of {self.values:,} values)"
+
 
 @dataclass(frozen=True)
 class Filled:
@@ -45,12 +50,7 @@ class Filled:
 
     def __str__(self) -> str:
         """A line a component."""
-        return "".join(
-            f"\n  {name}: {part.matched} of {part.tensors} tensors"
-            + (f", {part.mismatched} of other shapes" if part.mismatched else "")
-            + f" ({part.values_matched:,} of {part.values:,} values)"
-            for name, part in self.parts.items()
-        )
+        return "".join(f"\n  {name}: {part}" for name, part in self.parts.items())
 
 
 def filled_by(objective: nn.Module, weights: Mapping[str, Tensor]) -> Filled:
@@ -67,16 +67,22 @@ def filled_by(objective: nn.Module, weights: Mapping[str, Tensor]) -> Filled:
     return Filled(parts)
 
 
-def load_init(objective: Objective, path: Path) -> Filled:
+def load_init(objective: Objective, path: Path, *, only_compare: bool = False) -> Filled:
     """Load the weights of `init`; returns how much of each component they fill.
 
     Tables of positions and biases of another image size are resized. An objective that starts from an encoder takes
     nothing else, unless the file has the whole of its heads too, as that of an earlier fine-tuning.
 
+    Args:
+        only_compare: read the file and refuse what does not fit, but leave the objective as it is.
+
     Raises:
-        CheckpointError: as `load_into`, or if hardly anything of the encoder (without one: of the model) is filled.
+        CheckpointError: as of `load_into`, or if hardly anything of the encoder (without one: of the model) is filled.
     """
-    weights = load_weights(path)
+    try:
+        weights = _finite_weights(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"init {error}") from error
     own = objective.state_dict()
     if objective.starts_from_encoder:
         weights = _of_encoder_and_same_heads(weights, own)
@@ -84,7 +90,7 @@ def load_init(objective: Objective, path: Path) -> Filled:
         weights = adopted(objective.encoder, weights, own, "encoder.")
     filled = filled_by(objective, weights)
     try:
-        load_tensors(objective, weights, path)
+        names_lacking(objective, weights, path)
     except CheckpointError as error:
         raise CheckpointError(f"init {error}. What fits:{filled}") from error
     judged = ["encoder"] if "encoder" in filled.parts else list(filled.parts)
@@ -97,6 +103,8 @@ def load_init(objective: Objective, path: Path) -> Filled:
             "random. Name a run, a checkpoint or a folder of `mim import` of such a model, or leave init out. "
             f"What fits:{filled}"
         )
+    if not only_compare:
+        load_tensors(objective, weights, path)
     return filled
 
 
@@ -132,22 +140,44 @@ def _part_of(name: str) -> str:
     return head[0] if head else name.partition(".")[0]
 
 
-def load_into(module: nn.Module, path: Path, prefix: str = "") -> list[str]:
+def load_into(module: nn.Module, path: Path, prefix: str = "", *, only_compare: bool = False) -> list[str]:
     """Load weights by name from a file into a module; returns the names the file lacks.
 
     Args:
         path: a run directory, a checkpoint folder or a safetensors file with the names of an objective.
         prefix: take only names with this prefix, and strip it.
+        only_compare: read the file and refuse what does not fit, but leave the module as it is.
 
     Raises:
-        CheckpointError: if no name fits, a shape differs, or the file holds names that the module lacks.
+        CheckpointError: if no name fits, a shape differs, a value is not finite, or the file holds names that the
+            module lacks.
     """
+    weights = _finite_weights(path)
+    weights = named_part(weights, prefix, path) if prefix else weights
+    return (names_lacking if only_compare else load_tensors)(module, weights, path)
+
+
+def _finite_weights(path: Path) -> dict[str, Tensor]:
     weights = load_weights(path)
-    return load_tensors(module, named_part(weights, prefix, path) if prefix else weights, path)
+    bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise CheckpointError(f"{path}: values that are not finite: {some(bad)}; every loss would be NaN")
+    return weights
 
 
 def load_tensors(module: nn.Module, weights: dict[str, Tensor], path: Path) -> list[str]:
     """Load weights by name into a module; returns the names that are lacking. `path` is for messages."""
+    lacking = names_lacking(module, weights, path)
+    module.load_state_dict(weights, strict=False)
+    return lacking
+
+
+def names_lacking(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> list[str]:
+    """The names of a module that weights lack.
+
+    Raises:
+        CheckpointError: if a shape differs, or there are names that the module lacks.
+    """
     own = module.state_dict()
     if unknown := sorted(weights.keys() - own.keys()):
         raise CheckpointError(f"{path}: names that the recipe's model lacks: {some(unknown)}")
@@ -158,7 +188,6 @@ def load_tensors(module: nn.Module, weights: dict[str, Tensor], path: Path) -> l
     ]
     if wrong:
         raise CheckpointError(f"{path}: shapes that do not fit the recipe: {some(wrong)}")
-    module.load_state_dict(weights, strict=False)
     return sorted(own.keys() - weights.keys())
 
 

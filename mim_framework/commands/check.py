@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mim_framework.assembly.builder import build_source
-from mim_framework.assembly.cost import measure_cost
+from mim_framework.assembly.cost import compare_weights, measure_cost
 from mim_framework.assembly.doubts import doubts
 from mim_framework.assembly.length import batch_layout, run_length
 from mim_framework.assembly.splits import evaluation_splits
+from mim_framework.assembly.weights import Filled
 from mim_framework.base.precision import uses_bfloat16
 from mim_framework.evaluate.splits import Splits
 from mim_framework.recipe.recipe import Recipe
@@ -27,6 +28,7 @@ def report(recipe: Recipe, registry: Registry, *, world_size: int = 1) -> str:
     steps_per_epoch, total_steps = run_length(recipe, len(source))
     splits = evaluation_splits(recipe, registry, source)
     device = choose_device(recipe.train.device)
+    filled = compare_weights(recipe, registry, source=source).init_fills
     precision = "bfloat16 autocast" if uses_bfloat16(recipe.train.precision, device) else "float32"
     parameters = ", ".join(f"{name} {_millions(count)}" for name, count in cost.parameters.items())
     lines = {
@@ -38,6 +40,7 @@ def report(recipe: Recipe, registry: Registry, *, world_size: int = 1) -> str:
         "batch": f"{layout.total_batch_size} images a step = {layout.batch_size} x {world_size} ranks x "
         f"{layout.accum_steps} accumulation steps",
         "data": f"{len(source):,} images ({recipe.data.source.type})",
+        **({} if filled is None else {"init": _what_fits(recipe.init, filled)}),
         **({"left out": ", ".join(out)} if (out := source.left_out()) else {}),
         "evaluation": _evaluation(recipe, splits),
         "length": f"{total_steps:,} steps, {steps_per_epoch:,} an epoch",
@@ -58,6 +61,11 @@ def _evaluation(recipe: Recipe, splits: Splits) -> str:
     purposes = {"train": "to learn from", "test": "to be tested on"}
     images = (f"{len(each):,} images {purposes[split]} ({each.name})" for split, each in splits.sources.items())
     return f"{names}; {', '.join(images)}"
+
+
+def _what_fits(path: str | None, filled: Filled) -> str:
+    rest = "" if filled.complete else "; what it lacks starts at random"
+    return f"{path} fills {', '.join(f'{name} {part}' for name, part in filled.parts.items())}{rest}"
 
 
 def _millions(count: int) -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
+from mim_framework.assembly.builder import build_model
+from mim_framework.base.errors import CheckpointError
 from mim_framework.commands.check import report
 from mim_framework.commands.cli import main
 from mim_framework.recipe.draft import load_recipe
@@ -25,6 +31,90 @@ def test_check_doubts_a_warm_up_of_the_whole_run():
     assert "warning" in text
     assert "the warm-up of optimizer 'main', 5 epochs, is no shorter than the run of 5" in text
     assert "warning" not in report(load_recipe("quickstart"), Registry())
+
+
+def weights_of_tiny(tmp_path: Path, *overrides: str) -> tuple[str, dict[str, torch.Tensor]]:
+    """A recipe file, and the weights of its model."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(json.dumps({**tiny.RECIPE, "output_dir": str(tmp_path)}))
+    model = build_model(load_recipe(file, overrides, Registry()), Registry())
+    return str(file), {name: tensor.clone() for name, tensor in model.objective.state_dict().items()}
+
+
+def test_check_says_what_init_fills(tmp_path):
+    file, state = weights_of_tiny(tmp_path)
+    save_file(state, tmp_path / "whole.safetensors")
+    encoder = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    save_file(encoder, tmp_path / "part.safetensors")
+    [line] = lines_of(file, "init", [f"init={tmp_path}/whole.safetensors"])
+    assert "whole.safetensors fills encoder 18 of 18 tensors (4,384 of 4,384 values)" in line
+    assert "at random" not in line
+    [line] = lines_of(file, "init", [f"init={tmp_path}/part.safetensors"])
+    assert "heads.main.decoder 0 of " in line
+    assert line.endswith("; what it lacks starts at random")
+    assert lines_of(file, "init", []) == []
+
+
+def test_check_compares_an_init_of_another_image_size_after_its_tables_are_resized(tmp_path):
+    file, state = weights_of_tiny(tmp_path, "views.img_size=32")
+    save_file(state, tmp_path / "large.safetensors")
+    [line] = lines_of(file, "init", [f"init={tmp_path}/large.safetensors"])
+    assert "fills encoder 18 of 18 tensors (4,384 of 4,384 values)" in line
+
+
+def lines_of(file: str, key: str, overrides: list[str]) -> list[str]:
+    text = report(load_recipe(file, overrides, Registry()), Registry())
+    return [line for line in text.splitlines() if line.startswith(f"{key} ")]
+
+
+def with_nan(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    state["encoder.norm.weight"][0] = float("nan")
+    return state
+
+
+@pytest.mark.parametrize(
+    ("damaged", "text"),
+    [
+        (
+            lambda state: {"encoder.cls_token": state["encoder.cls_token"]},
+            r"holds 0\.36% of the encoder, less than 50%",
+        ),
+        (
+            lambda state: {**state, "encoder.cls_token": torch.zeros(1, 1, 7)},
+            r"cls_token \(1, 1, 7\), needed \(1, 1, 16\)",
+        ),
+        (lambda state: {**state, "encoder.more": torch.zeros(1)}, "names that the recipe's model lacks: encoder.more"),
+        (with_nan, r"values that are not finite: encoder\.norm\.weight"),
+    ],
+)
+def test_check_refuses_an_init_that_a_run_would_refuse(tmp_path, damaged, text):
+    file, state = weights_of_tiny(tmp_path)
+    save_file(damaged(state), tmp_path / "bad.safetensors")
+    recipe = load_recipe(file, [f"init={tmp_path}/bad.safetensors"], Registry())
+    for stops in (lambda: report(recipe, Registry()), lambda: build_model(recipe, Registry())):
+        with pytest.raises(CheckpointError, match=rf"init .*bad\.safetensors.*{text}"):
+            stops()
+
+
+@pytest.mark.parametrize(("content", "text"), [(None, "does not exist"), (b"\0" * 99, "cannot be read as safetensors")])
+def test_check_refuses_an_init_that_cannot_be_read(tmp_path, content, text):
+    file, _ = weights_of_tiny(tmp_path)
+    if content is not None:
+        (tmp_path / "bad.safetensors").write_bytes(content)
+    recipe = load_recipe(file, [f"init={tmp_path}/bad.safetensors"], Registry())
+    with pytest.raises(CheckpointError, match=rf"init .*bad\.safetensors {text}"):
+        report(recipe, Registry())
+
+
+def test_check_compares_the_weights_of_a_frozen_teacher(tmp_path):
+    file, state = weights_of_tiny(tmp_path)
+    state.pop("encoder.norm.weight")
+    save_file(state, tmp_path / "teacher.safetensors")
+    encoder = tiny.RECIPE["encoder"]
+    teacher = {"encoder": encoder, "checkpoint": str(tmp_path / "teacher.safetensors")}
+    recipe = load_recipe(file, [f"teachers={json.dumps({'wise': teacher})}"], Registry())
+    with pytest.raises(CheckpointError, match=r"lacks norm\.weight of the encoder of teacher 'wise'"):
+        report(recipe, Registry())
 
 
 FAULTY = """
