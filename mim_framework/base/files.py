@@ -90,6 +90,15 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def content_of(path: Path) -> bytes:
+    """What a regular file holds; nothing of what is none, such as a device or a pipe, which need not have an end.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    return path.read_bytes() if path.is_file() else b""
+
+
 class SideFile:
     """A list beside a run, one line at a time. It is not worth a run: what cannot be written is warned about once."""
 

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mim_framework.base.errors import Cause, DataError
-from mim_framework.base.files import SideFile, replace_file
+from mim_framework.base.files import SideFile, content_of, replace_file
 from mim_framework.base.section import Choice, LocalPath, Section
 from mim_framework.base.text import plain_logger
 from mim_framework.contract.components import Source, ViewBuilder
@@ -304,7 +304,7 @@ def _keep_lists_before(position: int, run_dir: Path, layout: BatchLayout) -> Non
         if not rank.isdigit() or min(int(rank), layout.world_size) % layout.world_size != layout.rank:
             continue
         try:
-            lines = path.read_bytes().splitlines(keepends=True)
+            lines = content_of(path).splitlines(keepends=True)
             kept = [line for line in lines if _position_of(line) < position]
             if len(kept) < len(lines):
                 replace_file(path, b"".join(kept))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mim_framework.base.errors import MimError
-from mim_framework.base.files import replace_file
+from mim_framework.base.files import content_of, replace_file
 from mim_framework.base.section import Section
 from mim_framework.base.text import plain_logger
 
@@ -67,6 +68,7 @@ class MetricsWriter:
         except OSError as error:
             raise self._cannot_write(error) from error
         self._tensorboard: Any = None
+        self._let_threads_speak = _threads_of_tensorboard_are_silent() if section.tensorboard else lambda: None
         if section.tensorboard:
             self._in_tensorboard(lambda: self._open_tensorboard(resume_step))
 
@@ -107,6 +109,7 @@ class MetricsWriter:
             self._file.close()
         if self._tensorboard is not None:
             self._in_tensorboard(self._tensorboard.close)
+        self._let_threads_speak()
 
     def _open_tensorboard(self, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # 0.1 s and a thread: only where it is wanted
@@ -124,6 +127,25 @@ class MetricsWriter:
 
     def _cannot_write(self, error: OSError) -> MimError:
         return MimError(f"cannot write {self.path}: {error.strerror}")
+
+
+def _threads_of_tensorboard_are_silent() -> Callable[[], None]:
+    """Keep the thread that writes for TensorBoard from printing a traceback; returns what ends it.
+
+    What the thread raised comes once more from the next call of the writer, which says it.
+    """
+    before = threading.excepthook
+
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        if not type(raised.thread).__module__.startswith("tensorboard."):
+            before(raised)
+
+    def undo() -> None:
+        if threading.excepthook is hook:
+            threading.excepthook = before
+
+    threading.excepthook = hook
+    return undo
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -165,9 +187,7 @@ def _step_of(line: bytes) -> int | None:
 
 def _drop_lines_after(step: int, path: Path) -> None:
     """Keep the whole lines up to `step`."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
+    content = content_of(path)
     lines = content.splitlines() if step else []
     wanted = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
     kept = b"".join(line + b"\n" for line in wanted)

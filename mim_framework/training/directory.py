@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mim_framework.base.errors import MimError, RecipeError
-from mim_framework.base.files import replace_file
+from mim_framework.base.files import content_of, replace_file
 from mim_framework.base.text import plain_logger, without_secrets
 from mim_framework.checkpoints.checkpoint import list_checkpoints, step_of
 from mim_framework.contract.world import World
@@ -138,7 +138,7 @@ def _now() -> str:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The entries of a record such as `environment.json`; of one that cannot be read, none."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(content_of(path))
     except (OSError, ValueError, RecursionError):
         return []
     entries = content if isinstance(content, list) else [content]  # earlier versions kept the last start alone

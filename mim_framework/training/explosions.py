@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mim_framework.base.errors import MimError, TrainingError
+from mim_framework.base.files import content_of
 from mim_framework.data.order import BatchLayout
 from mim_framework.training.directory import EXPLOSIONS, write_records
 from mim_framework.training.explosion import Rise
@@ -34,7 +35,7 @@ class Explosions:
         """
         self.path = run_dir / EXPLOSIONS
         try:
-            self.entries: list[dict[str, Any]] = json.loads(self.path.read_bytes()) if self.path.exists() else []
+            self.entries: list[dict[str, Any]] = json.loads(content_of(self.path)) if self.path.exists() else []
             self.holes()
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise MimError(

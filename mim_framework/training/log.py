@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mim_framework.base.errors import TrainingError
-from mim_framework.base.files import SideFile
+from mim_framework.base.files import SideFile, content_of
 from mim_framework.checkpoints.checkpoint import Checkpoint
 from mim_framework.contract.components import Component
 from mim_framework.contract.world import World
@@ -173,7 +173,7 @@ def counted_before(resumed: Checkpoint | None, world: World) -> dict[str, int]:
 
 def _last_logged(path: Path, names: Iterable[str]) -> dict[str, int]:
     """The last value of each count in metrics.jsonl, of which only the lines that hold one are taken apart."""
-    content, found = path.read_bytes(), {}
+    content, found = content_of(path), {}
     for name in names:
         place = content.rfind(f'"{name}"'.encode())
         if place >= 0:

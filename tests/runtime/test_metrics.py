@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -181,6 +183,52 @@ def test_a_tensorboard_that_fails_later_is_said_once_and_does_not_stop_the_run(t
     assert [record.message for record in caplog.records] == [
         f"TensorBoard is off for the rest of this run: the disk is gone. {tmp_path / 'metrics.jsonl'} goes on"
     ]
+
+
+def test_a_disk_that_is_full_under_tensorboards_own_thread_is_said_once_without_a_traceback(
+    tmp_path, caplog, capfd, monkeypatch
+):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    before, real = threading.excepthook, RecordWriter.write
+    writer = MetricsWriter(tmp_path, resume_step=0, section=LogSection())
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", fail)
+    for step in range(1, 200):
+        writer.write(step, {"loss": 1.0})
+    monkeypatch.setattr(RecordWriter, "write", real)
+    writer.close()
+    assert steps_in(tmp_path) == list(range(1, 200))
+    [record] = caplog.records
+    assert "TensorBoard is off for the rest of this run: [Errno 28] No space left on device" in record.message
+    assert "Traceback" not in capfd.readouterr().err
+    assert threading.excepthook is before
+
+
+def test_other_threads_still_say_what_they_raise_while_tensorboard_is_open(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    writer = MetricsWriter(tmp_path, resume_step=0, section=LogSection())
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    writer.close()
+    assert [each.exc_type for each in told] == [ZeroDivisionError]
+
+
+def test_a_device_in_the_place_of_the_metrics_is_not_read_to_its_end(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/zero")
+    write_steps(tmp_path, range(1, 3))
+    if Path("/dev/full").exists():
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full/metrics.jsonl").symlink_to("/dev/full")
+        writer = MetricsWriter(tmp_path / "full", resume_step=0, section=QUIET)
+        with pytest.raises(MimError, match="cannot write .*No space left on device"):
+            writer.write(1, {"loss": 1.0})
+        writer.close()
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------

@@ -168,6 +168,14 @@ def test_a_list_that_cannot_be_written_is_warned_about_once_and_the_run_goes_on(
     assert read_metrics(run_dir)[-1]["step"] == 4
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["broken_images.rank0.jsonl", "broken_images.rank1.jsonl", "environment.json"])
+def test_a_record_in_whose_place_a_device_without_an_end_lies_does_not_hold_a_run_up(tmp_path, name):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / name).symlink_to("/dev/full")
+    assert read_metrics(run(tmp_path, "train.steps=2"))[-1]["step"] == 2
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_or_is_warned_about(tmp_path, monkeypatch, caplog):
     real, full = checkpoint.save_checkpoint, {1, 2}
 
