@@ -47,7 +47,7 @@ from mim_framework.training.run import Run
 from mim_framework.training.saving import Saver
 from mim_framework.training.setup import set_up
 from mim_framework.training.stopping import StepGivenUp, StopSignal
-from mim_framework.training.troubles import explained
+from mim_framework.training.troubles import Trouble, explained
 from mim_framework.training.untouched import Untouched
 from mim_framework.training.watchdog import LAST_RESORT_SECONDS, Watchdog
 
@@ -224,7 +224,9 @@ class Trainer:
                 self._say_what_is_left_out()
                 for index in range(self.start, run.total_steps):
                     if (trouble := self._one_step(index, batches)) is not None:
-                        raise TrainingError(f"{trouble}. {self._save_what_there_is(index)}")
+                        failure = TrainingError(f"{trouble.text}. {self._save_what_there_is(index)}")
+                        failure.told_by_another_rank = trouble.of_another_rank
+                        raise failure
                 self._say_what_is_left_out()
         except BaseException as raised:
             error = raised
@@ -249,7 +251,7 @@ class Trainer:
         error.told_by_another_rank = True
         return error
 
-    def _one_step(self, index: int, batches: Iterator[Batch]) -> str | None:
+    def _one_step(self, index: int, batches: Iterator[Batch]) -> Trouble | None:
         """A step and what comes after it, or what has kept the run from it.
 
         The error itself is let go here: its traceback would hold the memory that ran out, or the workers that are left.
@@ -261,9 +263,9 @@ class Trainer:
         except StepGivenUp:
             self._leave_before(index)
         except Exception as error:
-            if (text := explained(error, self.run, index)) is None:
+            if (trouble := explained(error, self.run, index)) is None:
                 raise
-            return text
+            return trouble
         return None
 
     def whole_step(self, index: int, batches: Iterator[Batch]) -> Summary:
@@ -315,8 +317,8 @@ class Trainer:
         self.stop.leave()
 
     def _until_the_stop(self) -> str:
-        """For what the run waits when it is told to stop, and for how long."""
-        if not self.run.world.is_main:
+        """For what the run waits when it is told to stop, and for how long; one rank of each machine says it."""
+        if self.run.world.local_rank:
             return ""
         speed = self.log.throughput.recent()
         long = f", about {speed['step_s']:.1f} s" if speed else ""

@@ -1,22 +1,52 @@
-"""The end of a run whose memory ran out, in a sentence with what was measured and what would fit."""
+"""The end of a run whose memory ran out or whose other ranks are gone, in a sentence with the way out."""
 
 from __future__ import annotations
 
 import errno
 import re
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from mim_framework.runtime.metrics import peak_memory
 from mim_framework.training.run import Run
 
 _ALLOCATION = re.compile(r"out of memory|can't allocate memory|not enough memory|cannot allocate memory", re.IGNORECASE)
 _WANTED = re.compile(r"tried to allocate ([\d.]+ ?[A-Za-z]+)", re.IGNORECASE)
+_CONTACT = re.compile(
+    r"connection (closed|reset) by peer|gloo/transport|remote process exited|NCCL (error|communicator was aborted)",
+    re.IGNORECASE,
+)
 
 
-def explained(error: Exception, run: Run, index: int) -> str | None:
+@dataclass(frozen=True)
+class Trouble:
+    """What has kept a run from a step."""
+
+    text: str
+    of_another_rank: bool = False
+    """Another rank has said it, or its launcher will: this one is told by it."""
+
+
+def explained(error: Exception, run: Run, index: int) -> Trouble | None:
     """What happened in a step, what was measured, and the way out; None for an error of another kind."""
-    return _out_of_memory(error, run, index) if is_out_of_memory(error) else None
+    if is_out_of_memory(error):
+        return Trouble(_out_of_memory(error, run, index))
+    if run.world.size > 1 and is_lost_contact(error):
+        return Trouble(
+            f"rank {run.world.rank} of {run.world.size} lost contact with another rank in step {index}: that one has "
+            "ended before. Its own message says why, or the launcher's; SIGKILL most often means that memory ran out",
+            of_another_rank=not run.world.is_main,
+        )
+    return None
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed because a rank that takes part in it is no more."""
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_CONTACT.search(str(error)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

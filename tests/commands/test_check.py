@@ -86,6 +86,7 @@ def with_nan(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         (lambda state: {**state, "encoder.more": torch.zeros(1)}, "names that the recipe's model lacks: encoder.more"),
         (with_nan, r"values that are not finite: encoder\.norm\.weight"),
     ],
+    ids=["one tensor", "another shape", "another name", "not finite"],
 )
 def test_check_refuses_an_init_that_a_run_would_refuse(tmp_path, damaged, text):
     file, state = weights_of_tiny(tmp_path)
@@ -96,7 +97,11 @@ def test_check_refuses_an_init_that_a_run_would_refuse(tmp_path, damaged, text):
             stops()
 
 
-@pytest.mark.parametrize(("content", "text"), [(None, "does not exist"), (b"\0" * 99, "cannot be read as safetensors")])
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [(None, "does not exist"), (b"\0" * 99, "cannot be read as safetensors")],
+    ids=["absent", "damaged"],
+)
 def test_check_refuses_an_init_that_cannot_be_read(tmp_path, content, text):
     file, _ = weights_of_tiny(tmp_path)
     if content is not None:

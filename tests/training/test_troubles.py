@@ -25,9 +25,9 @@ from mim_framework.checkpoints import checkpoint
 from mim_framework.commands.cli import main
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.runtime.metrics import read_metrics
-from mim_framework.testing import RegistryWith
+from mim_framework.testing import RegistryWith, run_ranks
 from mim_framework.training.trainer import train
-from mim_framework.training.troubles import is_out_of_memory
+from mim_framework.training.troubles import is_lost_contact, is_out_of_memory
 
 
 class Interfering(MSELoss):
@@ -115,6 +115,37 @@ def test_failed_allocations_are_known_by_their_kind():
     known += [RuntimeError("Caught RuntimeError in DataLoader worker\nDefaultCPUAllocator: can't allocate memory: you")]
     assert all(map(is_out_of_memory, known))
     assert not any(map(is_out_of_memory, [RuntimeError("shapes"), OSError(errno.ENOSPC, "full"), ValueError("x")]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [raising(MemoryError()), lambda: os.kill(os.getpid(), signal.SIGKILL)])
+def test_a_rank_whose_peer_has_ended_says_so_and_the_run_goes_on_exactly(tmp_path, interfere, end):
+    options = ["train.steps=5", "checkpoint.every_steps=2"]
+
+    def main(rank: int) -> None:
+        try:
+            run(tmp_path, *options)
+        except TrainingError as error:
+            (tmp_path / f"said{rank}.txt").write_text(f"{error.told_by_another_rank}: {error}")
+            os._exit(1)  # as the command does
+
+    interfere(3, lambda: end() if os.environ["RANK"] == "1" else None)
+    with pytest.raises(RuntimeError, match="died without a word"):
+        run_ranks(main)
+    lost = r"False: rank 0 of 2 lost contact with another rank in step 3, .* goes on from the last checkpoint"
+    assert re.fullmatch(lost, (tmp_path / "said0.txt").read_text())
+    assert saved(tmp_path / "tiny") == [2]
+    interfere(-1, lambda: None)
+    run_ranks(main)
+    run_ranks(lambda rank: run(tmp_path / "whole", *options))
+    assert hashes(tmp_path / "tiny") == hashes(tmp_path / "whole/tiny")
+
+
+def test_failed_collectives_are_known_by_their_kind():
+    told = "[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:19151: Connection reset by peer"
+    assert is_lost_contact(RuntimeError(told))
+    assert is_lost_contact(torch.distributed.DistBackendError("NCCL error in: x.cpp, remote process exited"))
+    assert not any(map(is_lost_contact, [RuntimeError("shapes"), ConnectionResetError("a server"), ValueError("x")]))
 
 
 @pytest.mark.slow
