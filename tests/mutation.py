@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ import struct
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from typing import Any
 import numpy as np
 import tiny
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from mim_framework.assembly.builder import build_model
+from mim_framework.assembly.cost import measure_cost
 from mim_framework.assembly.trained import trained_encoder
 from mim_framework.assembly.weights import load_into
 from mim_framework.base.errors import MimError
@@ -33,6 +37,7 @@ from mim_framework.convert import import_checkpoint
 from mim_framework.data.companions import FACTS, IDS, TokenCache
 from mim_framework.data.decode import open_image
 from mim_framework.recipe.draft import load_recipe
+from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import LogSection, MetricsWriter, read_metrics
 from mim_framework.training.trainer import Trainer, train
@@ -134,9 +139,8 @@ LINES = [
 ]
 
 
-def mutated_recipe(seed: int, texts: list[str]) -> bytes:
+def textually_mutated(rng: random.Random, texts: list[str]) -> bytes:
     """One of the texts with one to four changes of values, keys, lines or bytes."""
-    rng = random.Random(seed)
     lines = rng.choice(texts).splitlines()
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(lines))
@@ -158,6 +162,180 @@ def mutated_recipe(seed: int, texts: list[str]) -> bytes:
         for _ in range(rng.randint(1, 5)):
             text[rng.randrange(len(text))] = rng.randrange(256)
     return bytes(text)
+
+
+def mutated_recipe(seed: int, texts: list[str]) -> bytes:
+    """One of the texts, mutated: a quarter of the seeds by values of the right type, the others as text."""
+    rng = random.Random(seed)
+    return deeply_mutated(rng, texts) if seed % 4 == 1 else textually_mutated(rng, texts)
+
+
+# --- recipes whose values are of the right type, so that they come as far as a model ---------------------------------
+
+INTEGERS = [0, 1, 2, 3, 5, 7, 8, 12, 13, 16, 64, 97, 127, 1024, 65_536, 10**6, 2**31, 2**63 - 1, -1]
+NUMBERS = [0.0, 1e-12, 1e-6, 0.01, 0.1, 0.5, 0.9, 0.999, 0.999999, 1.0, 1.0000001, 2.0, 100.0, 1e30, -1e-3, -1.0]
+SLOTS = ("views", "masker", "encoder", "target", "decoder", "loss", "objective")
+HEAD_SLOTS = ("target", "decoder", "loss")
+SECTIONS = ("data", "optim", "train", "log", "checkpoint")
+SMALL = "quickstart"
+"""Recipes of that in their name are taken four times as often: a step of theirs costs little."""
+
+
+@functools.cache
+def everything() -> tuple[Registry, dict[str, Any]]:
+    """A registry with all plugins loaded, and the schema of a recipe."""
+    registry = Registry()
+    registry.load_all()
+    return registry, Recipe.model_json_schema()
+
+
+@functools.cache
+def schema_of(kind: str, name: str) -> dict[str, Any]:
+    """Of the options of a component; empty for one that is not there."""
+    cls = everything()[0].classes(kind).get(name)
+    return {} if cls is None else cls.Config.model_json_schema()
+
+
+def deeply_mutated(rng: random.Random, texts: list[str]) -> bytes:
+    """A recipe on digits with one to three values at the edge of their type, or components in other's slots."""
+    texts = [text for text in texts if SMALL in text.partition("\ndata:")[0]] * 4 + texts
+    recipe = on_digits(yaml.safe_load(rng.choice(texts)))
+    for _ in range(rng.randint(1, 3)):
+        rng.choice([change_option, change_option, add_option, add_option, change_section, swap])(rng, recipe)
+    return yaml.safe_dump(recipe, allow_unicode=True).encode()
+
+
+def on_digits(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Without what is not on this machine: images, tokenizers and published weights."""
+    recipe["data"] = {**recipe["data"], "source": "digits"}
+    recipe["data"].pop("tokens", None)
+    teachers = recipe.get("teachers") or {}
+    if recipe.pop("tokenizer", None):
+        teachers["tokenizer"] = {"encoder": {"type": "dvae", "vocab_size": 8, "hidden_dim": 8, "blocks_per_group": 1}}
+    for teacher in teachers.values():
+        if "encoder" in teacher:
+            for key in ("checkpoint", "pretrained"):
+                teacher["encoder"].pop(key, None)
+            teacher["random"] = True
+    return {**recipe, "teachers": teachers}
+
+
+def choices_of(recipe: dict[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
+    """Kind of every component of a recipe, and where it stands: what holds it, and its key there."""
+    found = [(kind, recipe, kind) for kind in SLOTS if kind in recipe]
+    for head in (recipe.get("heads") or {}).values():
+        found += [(kind, head, kind) for kind in HEAD_SLOTS if kind in head]
+    teachers = recipe.get("teachers") or {}
+    found += [("encoder", teacher, "encoder") for teacher in teachers.values() if "encoder" in teacher]
+    for _, holder, key in found:
+        if isinstance(holder[key], str):
+            holder[key] = {"type": holder[key]}
+    return found
+
+
+def change_option(rng: random.Random, recipe: dict[str, Any]) -> None:
+    """Another value for an option that a component of the recipe has."""
+    kind, holder, key = rng.choice(choices_of(recipe))
+    options = holder[key]
+    if names := [name for name in options if name != "type"]:
+        schema, name = schema_of(kind, options["type"]), rng.choice(names)
+        options[name] = extreme(rng, schema.get("properties", {}).get(name, {}), schema, options[name])
+
+
+def add_option(rng: random.Random, recipe: dict[str, Any]) -> None:
+    """A value for any option of a component of the recipe, whether or not the recipe names it."""
+    kind, holder, key = rng.choice(choices_of(recipe))
+    schema = schema_of(kind, holder[key]["type"])
+    if properties := schema.get("properties", {}):
+        name = rng.choice(sorted(properties))
+        holder[key][name] = extreme(rng, properties[name], schema, holder[key].get(name))
+
+
+def change_section(rng: random.Random, recipe: dict[str, Any]) -> None:
+    """A value of the recipe's own sections."""
+    schema = everything()[1]
+    name = rng.choice([name for name in SECTIONS if isinstance(recipe.get(name, {}), dict)])
+    properties = resolved(rng, schema["properties"][name], schema).get("properties")
+    if not properties:  # an alternative without keys, such as null
+        return
+    key = rng.choice(sorted(properties.keys() - {"source", "device", "tokens", "compile"}))
+    section = recipe.setdefault(name, {})
+    section[key] = extreme(rng, properties[key], schema, section.get(key))
+
+
+def swap(rng: random.Random, recipe: dict[str, Any]) -> None:
+    """Another component of the same kind, or now and then the name of one of another kind."""
+    kind, holder, key = rng.choice(choices_of(recipe))
+    kind = kind if rng.random() < 0.9 else rng.choice(SLOTS)
+    name = rng.choice(sorted(everything()[0].classes(kind)))
+    holder[key] = {**holder[key], "type": name} if rng.random() < 0.3 else {"type": name}
+
+
+def resolved(rng: random.Random, schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    """A schema behind its references, and one of its alternatives."""
+    while True:
+        if "$ref" in schema:
+            schema = root.get("$defs", {}).get(schema["$ref"].rpartition("/")[2], {})
+        elif ways := schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf"):
+            schema = rng.choice(ways)
+        else:
+            return schema
+
+
+def extreme(rng: random.Random, schema: dict[str, Any], root: dict[str, Any], now: Any) -> Any:
+    """A value of the type, at its edge or odd; of `now`, a neighbour."""
+    schema = resolved(rng, schema, root)
+    if "enum" in schema:
+        return rng.choice(schema["enum"])
+    if isinstance(now, int) and not isinstance(now, bool) and rng.random() < 0.5:
+        return rng.choice(
+            [now + 1, now - 1, now * 2, now // 2, now * 3, max(1, now // 3), [now, now * 2], [now, now + 1]]
+        )
+    if isinstance(now, list) and now and rng.random() < 0.6:
+        edge = extreme(rng, schema.get("items") or {"type": "number"}, root, now[0])
+        return rng.choice([now[:-1], now * 2, now[::-1], [*now[1:], edge], [edge] * len(now), []])
+    draw: dict[str, Callable[[], Any]] = {
+        "integer": lambda: within(rng, schema, INTEGERS),
+        "number": lambda: within(rng, schema, [*NUMBERS, *INTEGERS]),
+        "boolean": lambda: rng.random() < 0.5,
+        "string": lambda: rng.choice(["", "x", "cls", "encoder", "xyxy", "model"]),
+        "null": lambda: None,
+        "array": lambda: some_items(rng, schema, root),
+        "object": lambda: {rng.choice(["x", "main", "steps"]): rng.choice([*NUMBERS, *INTEGERS])},
+    }
+    return draw.get(schema.get("type", "integer"), draw["integer"])()
+
+
+def within(rng: random.Random, schema: dict[str, Any], values: list[Any]) -> Any:
+    """One of the values, mostly one that keeps the bounds, where the least and the most are likely."""
+    least, most = schema.get("minimum"), schema.get("maximum")
+    above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
+    kept = [value for value in values if (least is None or value >= least) and (most is None or value <= most)]
+    kept = [value for value in kept if (above is None or value > above) and (below is None or value < below)]
+    edges = [edge for edge in (least, most) if edge is not None]
+    return rng.choice(values) if rng.random() < 0.1 or not kept else rng.choice([*kept, *edges * 2])
+
+
+def some_items(rng: random.Random, schema: dict[str, Any], root: dict[str, Any]) -> list[Any]:
+    """As many as the schema says, or an odd number of them."""
+    least, most = schema.get("minItems"), schema.get("maxItems")
+    count = rng.choice([0, 1, 2, 3, 7]) if rng.random() < 0.2 or least is None else rng.choice([least, most or least])
+    each = schema.get("prefixItems") or [schema.get("items") or {"type": "integer"}]
+    return [extreme(rng, each[index % len(each)], root, None) for index in range(count)]
+
+
+def reached(file: Path, registry: Registry) -> str:
+    """How far `mim check` comes with a recipe: "nothing", "recipe", "model" or "step"."""
+    stage = "nothing"
+    with suppress(MimError):
+        recipe = load_recipe(file, (), registry)
+        stage = "recipe"
+        with torch.device("meta"):
+            build_model(recipe, registry, with_weights=False)
+        stage = "model"
+        measure_cost(recipe, registry)
+        stage = "step"
+    return stage
 
 
 def mutated_override(seed: int, keys: list[str]) -> str:

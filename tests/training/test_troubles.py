@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -23,10 +24,11 @@ from mim_framework.base.files import SideFile
 from mim_framework.builtins.losses import MSELoss
 from mim_framework.checkpoints import checkpoint
 from mim_framework.commands.cli import main
+from mim_framework.contract.world import World
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
-from mim_framework.training.trainer import train
+from mim_framework.training.trainer import Trainer, train
 from mim_framework.training.troubles import is_lost_contact, is_out_of_memory
 
 
@@ -176,6 +178,15 @@ def test_other_errors_stay_what_they_are(tmp_path, interfere):
     interfere(1, raising(RuntimeError("a component broke")))
     with pytest.raises(RuntimeError, match="a component broke"):
         run(tmp_path)
+
+
+@pytest.mark.parametrize(("rank", "says"), [(0, True), (1, False), (4, True), (5, False)])
+def test_one_rank_of_each_machine_says_for_what_a_stop_waits_and_for_how_long(rank, says):
+    run = SimpleNamespace(world=World(rank, 8, rank % 4), layout=SimpleNamespace(accum_steps=2))
+    log = SimpleNamespace(throughput=SimpleNamespace(recent=lambda: {"step_s": 2.0}))
+    said = Trainer._until_the_stop(SimpleNamespace(run=run, log=log))
+    assert bool(said) == says
+    assert not says or said.startswith("stopping at the end of the step, about 2.0 s, with a checkpoint")
 
 
 # --- full disks ------------------------------------------------------------------------------------------------------
