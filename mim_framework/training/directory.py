@@ -8,8 +8,9 @@ import os
 import platform
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -181,21 +182,44 @@ def run_directory(recipe: Recipe) -> Path:
     return Path(recipe.output_dir) / recipe.name
 
 
+_RUNS_OF_PROCESS: set[tuple[int, Path]] = set()
+"""Process and directory of the runs in threads of this process, which share its file locks."""
+_ONE_THREAD = threading.Lock()
+
+
 @contextmanager
 def sole_run(recipe: Recipe, world: World) -> Iterator[None]:
-    """Keep other processes from training in the same run directory meanwhile, by a lock on its `run.lock`.
+    """Keep other processes and threads from training in the same run directory, by a lock on its `run.lock`.
 
     The operating system gives the lock back when the process ends, however it ends.
 
     Raises:
         MimError: if another run has the directory, or it cannot be written.
     """
-    file = world.on_main(lambda: _lock(recipe))
+    locks = world.on_main(lambda: _locks(recipe))
     try:
         yield
     finally:
-        if file is not None:
-            os.close(file)
+        if locks is not None:
+            locks.close()
+
+
+def _locks(recipe: Recipe) -> ExitStack:
+    """What keeps the directory for this run until it is closed."""
+    directory = run_directory(recipe)
+    here = (os.getpid(), directory.resolve())
+    with ExitStack() as stack:
+        with _ONE_THREAD:
+            if here in _RUNS_OF_PROCESS:
+                raise MimError(
+                    f"{directory} is in use by another run of this process; wait until it has ended, or give this one "
+                    "another name: name=..."
+                )
+            _RUNS_OF_PROCESS.add(here)
+        stack.callback(_RUNS_OF_PROCESS.discard, here)
+        if (file := _lock(recipe)) is not None:
+            stack.callback(os.close, file)
+        return stack.pop_all()
 
 
 def _lock(recipe: Recipe) -> int | None:

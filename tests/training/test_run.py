@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -156,6 +157,43 @@ def test_a_run_directory_has_one_run_at_a_time_and_is_free_after_a_kill(tmp_path
             assert (tmp_path / "tiny/run.lock").read_text().startswith(f"pid {os.getpid()} on ")
     finally:
         os.kill(int(workers.read_text()), signal.SIGKILL)
+
+
+def test_a_second_run_in_a_thread_of_the_same_process_is_refused_and_takes_no_lock_away(tmp_path):
+    recipe = tiny_recipe(tmp_path, RegistryWith())
+    said = []
+
+    def second() -> None:
+        try:
+            with sole_run(recipe, World()):
+                said.append("ran")
+        except MimError as error:
+            said.append(str(error))
+
+    def try_in_a_thread() -> None:
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+
+    def in_another_process() -> bytes:
+        reader, writer = os.pipe()
+        if os.fork() == 0:
+            said.clear()
+            second()
+            os.write(writer, said[0].encode())
+            os._exit(0)
+        os.close(writer)
+        os.wait()
+        with os.fdopen(reader, "rb") as file:
+            return file.read()
+
+    with sole_run(recipe, World()):
+        try_in_a_thread()
+        assert b"is in use by another run (pid" in in_another_process()
+    try_in_a_thread()
+    assert len(said) == 2
+    assert said[0].startswith(f"{tmp_path / 'tiny'} is in use by another run of this process; wait until")
+    assert said[1] == "ran"
 
 
 def test_a_file_system_without_locks_is_put_up_with(tmp_path, monkeypatch):
