@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 _LOCAL_SCHEMES = ("file://", "local://")
 
@@ -18,12 +19,17 @@ def path_or_url(text: str) -> str:
     A relative path stays one, to the current folder.
 
     Raises:
-        ValueError: if `~` names a home folder that does not exist.
+        ValueError: if `~` names a home folder that does not exist, or the path begins with a variable of the shell.
     """
     if is_url(text):
         return text
     for scheme in _LOCAL_SCHEMES:
         text = text.removeprefix(scheme)
+    if variable := re.match(r"\$\{?\w+\}?", text):
+        raise ValueError(
+            f"variables such as {variable[0]} are not looked up here; write the folder that it stands for, or ./{text} "
+            "for a folder of that name"
+        )
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise ValueError(f"there is no home folder of '{text.split('/')[0]}'; write ./{text} for a folder of that name")

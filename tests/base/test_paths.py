@@ -36,6 +36,8 @@ def home(tmp_path, monkeypatch) -> Path:
         ("../runs", "../runs"),
         ("/data/a~b", "/data/a~b"),
         ("./~x", "./~x"),
+        ("./$x", "./$x"),
+        ("/data/cost_in_$", "/data/cost_in_$"),
     ],
 )
 def test_a_local_path_by_hand(home, text, path):
@@ -54,6 +56,12 @@ def test_a_url_is_left_as_it_is_and_refused_where_only_a_local_path_will_do(url)
 def test_a_home_folder_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match="there is no home folder of '~nobody_here'; write ./~nobody_here/x"):
         local_path("~nobody_here/x")
+
+
+@pytest.mark.parametrize("text", ["$HOME/runs", "${SCRATCH}/runs", "file://$HOME/runs"])
+def test_a_variable_of_the_shell_is_refused_instead_of_a_folder_of_that_name(text):
+    with pytest.raises(ValueError, match=r"variables such as \$\{?(HOME|SCRATCH)\}? are not looked up here; write the"):
+        local_path(text)
 
 
 def recipe_with(folder: Path, *overrides: str):
