@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -145,7 +148,7 @@ def _shipped_rates(recipe: Recipe, optimizer: str, registry: Registry) -> Iterat
     own = recipe.encoder.type, recipe.objective.type
     for info in registry.recipes():
         try:
-            data = read_yaml(info.path.read_bytes(), str(info.path)).data
+            data = _data_of(info.path)
             if (type_of(data["encoder"]), type_of(data.get("objective", DEFAULT_OBJECTIVE))) != own:
                 continue
             section = OptimSection.model_validate(data["optim"])
@@ -154,3 +157,9 @@ def _shipped_rates(recipe: Recipe, optimizer: str, registry: Registry) -> Iterat
             continue  # a recipe of several optimizers, or one that cannot be read
         if section.type == optimizer:
             yield info.name, total, section.peak_lr(total) * 256 / total
+
+
+@functools.cache
+def _data_of(path: Path) -> Any:
+    """A shipped recipe, which does not change while this process lives."""
+    return read_yaml(path.read_bytes(), str(path)).data

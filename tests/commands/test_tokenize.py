@@ -185,7 +185,8 @@ def test_a_model_can_be_built_around_a_known_vocabulary_and_not_trained(tmp_path
         preflight(model, torch.device("cpu"))
 
 
-def test_frozen_means_frozen_for_many_steps(tmp_path: Path, stage_one: Path):
+@pytest.mark.parametrize("steps", [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_frozen_means_frozen_for_many_steps(tmp_path: Path, stage_one: Path, steps: int):
     seen: dict[str, Any] = {}
 
     class Spy(ToyTokenizer):
@@ -193,7 +194,9 @@ def test_frozen_means_frozen_for_many_steps(tmp_path: Path, stage_one: Path):
             seen["model"] = self
             return super().forward(view, mask, ask)
 
-    recipe = recipe_of(tmp_path, STAGE_TWO, f"tokenizer={stage_one}", "train.steps=500", "train.total_batch_size=2")
+    recipe = recipe_of(
+        tmp_path, STAGE_TWO, f"tokenizer={stage_one}", f"train.steps={steps}", "train.total_batch_size=2"
+    )
     before = build_model(recipe, REGISTRY).teachers["tokenizer"].part("encoder").state_dict()
     train(recipe, RegistryWith(Spy))
     after = seen["model"].state_dict()

@@ -134,7 +134,7 @@ def test_two_views_are_pulled_to_a_teacher_whose_centre_is_that_of_its_outputs(t
     assert line["loss"] == pytest.approx(line["loss/image"] + line["loss/patch"])
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_the_centre_and_the_weights_are_the_same_on_two_ranks_as_on_one(tmp_path, mode):
     alone = run(tmp_path / "alone", **IBOT)
     see = lambda trainer: (trainer.objective.centre.clone(), [local(p).clone() for p in trainer.objective.parameters()])  # noqa: E731

@@ -114,7 +114,7 @@ def test_a_momentum_teacher_gives_targets_at_other_positions_than_the_hidden_one
     assert lines_of(run_dir)[-1]["loss"] == pytest.approx(by_hand)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_momentum_teacher_that_is_asked_in_every_step_moves_alike_on_two_ranks(tmp_path, mode):
     changes = {"masker": "rows", "encoder": VIT, "target": "averaged_layers", "decoder": MAE_DECODER, "optim": SGD}
     alone = run(tmp_path / "alone", teachers=EMA, **changes)

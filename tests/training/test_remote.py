@@ -178,7 +178,10 @@ def order(positions: range) -> list[int]:
     return SampleOrder(0, NUM_IMAGES).indices(positions)
 
 
-@pytest.mark.parametrize(("position", "options"), [(27, {}), (21, {"batch_size": 2}), (17, {"batch_size": 4})])
+@pytest.mark.parametrize(
+    ("position", "options"),
+    [(27, {}), (21, {"batch_size": 2}), pytest.param(17, {"batch_size": 4}, marks=pytest.mark.slow)],
+)
 def test_an_unreachable_sample_saves_the_steps_before_it(tmp_path, position: int, options: dict[str, Any]):
     """In the middle of the first epoch, in the first or a later micro-batch of step 3 or 2."""
     [gone] = order(range(position, position + 1))
@@ -199,7 +202,7 @@ def test_a_run_that_cannot_read_its_first_step_ends_at_once_and_saves_nothing(tm
     assert find_latest(tmp_path / "tiny" / "checkpoints") is None
 
 
-@pytest.mark.parametrize("position", [26, 29])
+@pytest.mark.parametrize("position", [26, pytest.param(29, marks=pytest.mark.slow)])
 def test_all_ranks_save_when_one_cannot_read(tmp_path, position: int):
     """Step 3 has the positions 24 to 31, the first half of which is rank 0's."""
     [gone] = order(range(position, position + 1))

@@ -263,7 +263,7 @@ def test_five_hundred_steps_leave_the_tokenizer_as_it_is_to_the_bit(tokenizer: P
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_ranks_with_accumulation_learn_what_one_learns(tmp_path: Path, tokenizer: Path, mode: str, shared: bool):
     options = (SGD, f"tokenizer={tokenizer}", f"objective.shared_head={str(shared).lower()}")
     alone = run(tmp_path / "alone", BEIT, *options)

@@ -290,7 +290,7 @@ def test_codes_of_a_checkpoint_are_not_placed_anew(tmp_path: Path):
 
 
 @pytest.mark.parametrize("options", [(), ("encoder.revive_after=1",)], ids=["plain", "revival"])
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_ranks_with_accumulation_learn_what_one_learns(tmp_path: Path, mode: str, options: tuple[str, ...]):
     alone = run(tmp_path / "alone", SGD, *options)
     overrides = (SGD, f"train.distributed={mode}", "train.batch_size=2", *options)
