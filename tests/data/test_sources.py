@@ -15,7 +15,7 @@ from torchvision import datasets
 
 from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.contract.components import Source
-from mim_framework.data.sources import folder
+from mim_framework.data.sources import digits, folder
 from mim_framework.data.sources.digits import DigitsSource
 from mim_framework.data.sources.folder import FolderSource
 from mim_framework.data.sources.torchvision import TorchvisionSource
@@ -295,6 +295,7 @@ def test_a_moved_digit_is_the_digit_at_another_place():
 
 
 def test_missing_scikit_learn_is_named_with_the_cure(monkeypatch):
+    digits._images_and_labels.cache_clear()  # of an earlier test in this process
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r"pip install 'mim-framework\[demo\]'"):
         DigitsSource(DigitsSource.Config())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import numpy as np
@@ -35,13 +36,7 @@ class DigitsSource(Source):
 
     def __init__(self, config: Section) -> None:
         super().__init__(config)
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError:
-            raise DataError("data.source digits needs scikit-learn: pip install 'mim-framework[demo]'") from None
-        digits = load_digits()
-        self._images = (digits.images * 255 / 16).round().astype("uint8")
-        self._labels = digits.target.tolist()
+        self._images, self._labels = _images_and_labels()
         split = self.config.split
         self._ids = [i for i in range(len(self._images)) if split == "all" or (i % 5 == 4) == (split == "test")]
         if self.config.shift:
@@ -57,6 +52,17 @@ class DigitsSource(Source):
     def evaluation_sources(self) -> tuple[Source, Source]:
         train, test = (self.config.model_copy(update={"split": split}) for split in ("train", "test"))
         return DigitsSource(train), DigitsSource(test)
+
+
+@functools.cache
+def _images_and_labels() -> tuple[np.ndarray, list[int]]:
+    """(1797, 8, 8) uint8 and their classes; read once in a process, as a run opens the source several times."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError("data.source digits needs scikit-learn: pip install 'mim-framework[demo]'") from None
+    digits = load_digits()
+    return (digits.images * 255 / 16).round().astype("uint8"), digits.target.tolist()
 
 
 def _moved(images: np.ndarray, most: int) -> np.ndarray:
