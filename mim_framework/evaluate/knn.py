@@ -1,31 +1,38 @@
-"""Weighted k-nearest-neighbour classification on frozen features. Start at `knn_predict`."""
+"""Weighted k-nearest-neighbour classification on frozen features. Start at `nearest` and `votes_of`."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mim_framework.base.errors import DataError
 from mim_framework.base.section import Section
-from mim_framework.contract.evaluation import Estimate, Evaluation, Subject, check_features
+from mim_framework.contract.evaluation import Evaluation, Subject, check_features
 from mim_framework.contract.specs import EncoderSpec
+from mim_framework.evaluate.labelled import labelled_features, top_shares
 
 _SIMILARITIES_AT_ONCE = 2**24
 
+Neighbours = Annotated[int, Field(gt=0)]
+
 
 class KNN(Evaluation):
-    """k-nearest-neighbour classification: the share of test images that their neighbours classify rightly, `top1`."""
+    """k-nearest-neighbour classification: the share of test images that their neighbours classify rightly, `top1`.
+
+    DINO's vote. `top5`, of more than five classes, counts classes that have votes. Of several k `top1_k20` and so on.
+    """
 
     name = "knn"
 
     class Config(Section):
-        k: int = Field(20, gt=0)
-        """Neighbours that vote."""
-        temperature: float = Field(0.07, gt=0)
-        """A neighbour votes with the weight exp(cosine similarity / temperature)."""
+        k: Neighbours | Annotated[tuple[Neighbours, ...], Field(min_length=1)] = 20
+        """Neighbours that vote: a number, or several at once, such as [10, 20, 100, 200]."""
+        temperature: float = Field(0.07, ge=0.0125)
+        """A neighbour votes with the weight exp(cosine similarity / temperature), a float32 down to 0.0125."""
         pool: Literal["mean", "cls"] = "mean"
         """Feature of an image: the mean of its patch tokens, or the class token."""
         max_train: int = Field(50_000, gt=0)
@@ -40,32 +47,53 @@ class KNN(Evaluation):
 
     @torch.no_grad()
     def __call__(self, subject: Subject) -> dict[str, float]:
-        section = self.config
-        train = subject.features("train", pool=section.pool, limit=section.max_train)
-        test = subject.features("test", pool=section.pool, limit=section.max_test)
-        predicted = knn_predict(
-            train.x, train.y, test.x,
-            k=section.k, temperature=section.temperature, num_classes=int(train.y.max()) + 1,
-        )  # fmt: skip
-        return {"top1": Estimate.of_share(int((predicted == test.y).sum()), len(test.y))}
+        c = self.config
+        ks = (c.k,) if isinstance(c.k, int) else tuple(dict.fromkeys(c.k))
+        data = labelled_features(subject, pool=c.pool, max_train=c.max_train, max_test=c.max_test)
+        check_enough(max(ks), len(data.train.y))
+        similarity, neighbours = nearest(data.train.x, data.test.x, max(ks))
+        numbers = {}
+        for k in ks:
+            votes = votes_of(similarity[:, :k], data.train.y[neighbours[:, :k]], c.temperature, data.num_classes)
+            shares = top_shares(votes.masked_fill(votes == 0, -float("inf")), data.test.y)
+            numbers |= {name if isinstance(c.k, int) else f"{name}_k{k}": share for name, share in shares.items()}
+        return numbers
+
+
+def check_enough(k: int, num_train: int) -> None:
+    """
+    Raises:
+        DataError: if there are fewer images than neighbours.
+    """
+    if k > num_train:
+        raise DataError(f"k is {k}, but there are {num_train:,} labelled train images; use k={num_train} or less")
+
+
+def nearest(train_x: Tensor, test_x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """train_x (n, D), test_x (m, D) -> cosine similarities (m, k) and indices (m, k) of the k nearest, nearest first.
+
+    In float32 whatever the features are: lower precision would blur which ones are nearest.
+    """
+    chunk = max(1, _SIMILARITIES_AT_ONCE // len(train_x))
+    with torch.autocast(train_x.device.type, enabled=False):
+        bank = normalize(train_x.float()).t()
+        found = [(part @ bank).topk(k) for part in normalize(test_x.float()).split(chunk)]
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+
+
+def votes_of(similarity: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
+    """similarity (m, k) and labels (m, k) of neighbours -> votes (m, num_classes), 0 where a class has none.
+
+    Neighbours vote for their class with weight exp(similarity / temperature), as in Wu et al. 2018, "Unsupervised
+    feature learning via non-parametric instance discrimination", section 3.4, and in DINO's `eval_knn.py`.
+    """
+    votes = similarity.new_zeros(len(similarity), num_classes)
+    return votes.scatter_add_(1, labels, (similarity / temperature).exp())
 
 
 def knn_predict(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, *, k: int, temperature: float, num_classes: int
 ) -> Tensor:
-    """train_x (n, D), train_y (n,), test_x (m, D) -> classes (m,) int64.
-
-    The k training features of highest cosine similarity vote for their class with weight exp(similarity / temperature),
-    as in Wu et al. 2018, "Unsupervised feature learning via non-parametric instance discrimination", section 3.4.
-    """
-    k = min(k, len(train_x))
-    chunk = max(1, _SIMILARITIES_AT_ONCE // len(train_x))
-    with torch.autocast(train_x.device.type, enabled=False):  # bfloat16 would blur which neighbours are nearest
-        train_x = normalize(train_x.float()).t()
-        predicted = []
-        for part in normalize(test_x.float()).split(chunk):
-            similarity, neighbours = (part @ train_x).topk(k)
-            votes = torch.zeros(len(part), num_classes, device=part.device)
-            votes.scatter_add_(1, train_y[neighbours], (similarity / temperature).exp())
-            predicted.append(votes.argmax(1))
-    return torch.cat(predicted)
+    """train_x (n, D), train_y (n,), test_x (m, D) -> classes (m,) int64; see `nearest` and `votes_of`."""
+    similarity, neighbours = nearest(train_x, test_x, k)
+    return votes_of(similarity, train_y[neighbours], temperature, num_classes).argmax(1)

@@ -7,6 +7,9 @@ from mim_framework.base.lazy import module_of_names, on_demand
 _HOME = {
     "blocks": ["Block", "NORM_EPS", "drop_path_ramp", "run_blocks"],
     "attention": ["Attention", "attend", "check_heads", "split_heads"],
+    "attentive": [
+        "AIMPooling", "AttentiveHead", "CAEPooling", "EfficientPooling", "HeadName", "VJEPAPooling", "attentive_head",
+    ],
     "patches": ["PatchEmbed", "normalize_patches", "patch_grid", "patchify", "shown", "sides", "unpatchify"],
     "positions": [
         "sincos_position_table", "RelativePositionBias", "relative_position_index", "relative_position_table",

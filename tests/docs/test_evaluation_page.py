@@ -60,6 +60,6 @@ def test_the_page_shows_commands():
 
 
 def test_the_output_on_the_page_has_the_lines_of_the_command():
-    shown = PAGE[PAGE.index("prints\n") : PAGE.index("The interval says")]
+    shown = PAGE[PAGE.index("prints") : PAGE.index("The interval says")]
     for begin in ("knn top1 ", "knn reads the mean", "images: ", "overlap: none of", "in brackets: ", "kept in "):
         assert re.search(rf"^{begin}", shown, re.MULTILINE)

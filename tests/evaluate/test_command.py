@@ -68,8 +68,9 @@ def test_a_checkpoint_of_a_run_is_a_subject_and_stands_beside_others(make_run, r
 def test_options_are_those_of_the_recipe_unless_they_are_given(make_run, registry):
     run_dir = make_run()
     assert yaml.safe_load((run_dir / "recipe.yaml").read_text())["evaluate"][0]["k"] == 1
-    [judged] = evaluate(["knn"], [run_dir], ["knn.max_train=1", "knn.forward_batch_size=2"], registry)
-    assert judged.numbers["trained"] == {"knn_top1": pytest.approx(1 / 3)}  # all are what the one neighbour is
+    text = r"train images of 1 \(max_train is 1; raise it\) are of one class, '(blue|green|red)'"
+    with pytest.raises(DataError, match=text):
+        evaluate(["knn"], [run_dir], ["knn.max_train=1", "knn.forward_batch_size=2"], registry)
 
 
 def test_other_images_can_be_named(make_run, registry, tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mim_framework.base.errors import DataError
 from mim_framework.contract.evaluation import Features
 from mim_framework.contract.mask import Grid
 from mim_framework.contract.specs import EncoderSpec
@@ -39,10 +41,6 @@ def test_a_near_neighbour_outvotes_two_far_ones_at_a_low_temperature_only():
     assert predict(train_x, [0, 1, 1], [[1.0, 0.0]], temperature=1.0) == [1]
 
 
-def test_more_neighbours_than_images_means_all_of_them():
-    assert predict([[1.0, 0.0], [0.0, 1.0]], [0, 2], [[0.0, 3.0]], k=20) == [2]
-
-
 def test_chunks_do_not_change_the_result(monkeypatch):
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     y = torch.arange(50) % 3
@@ -60,22 +58,40 @@ def test_neighbours_are_found_in_full_precision_under_autocast():
     assert found.tolist() == [0, 1]
 
 
-def top1_of(train: Features, test: Features, **options) -> float:
+def numbers_of(train: Features, test: Features, *, classes=None, test_classes=None, **options) -> dict[str, float]:
     of_split = {"train": train, "test": test}
-    subject = SimpleNamespace(features=lambda split, pool, limit: of_split[split])
-    return KNN(KNN.Config(**options))(subject)["top1"]
+    sources = {"train": SimpleNamespace(classes=classes), "test": SimpleNamespace(classes=test_classes or classes)}
+    subject = SimpleNamespace(features=lambda split, **asked: of_split[split], source=sources.__getitem__)
+    return KNN(KNN.Config(**options))(subject)
 
 
-def test_the_share_of_rightly_classified_test_images_is_measured():
-    train = Features(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
-    test = Features(torch.tensor([[2.0, 1.0], [1.0, 2.0], [3.0, 1.0], [1.0, 3.0]]), torch.tensor([0, 1, 1, 1]))
-    assert top1_of(train, test, k=1) == 0.75
+def features(*rows: tuple[float, float], y: list[int]) -> Features:
+    return Features(torch.tensor(rows), torch.tensor(y))
 
 
-def test_a_class_that_only_the_test_images_have_is_never_right():
-    train = Features(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
-    test = Features(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), torch.tensor([0, 1, 2]))
-    assert top1_of(train, test, k=1) == pytest.approx(2 / 3)
+EYE = features((1.0, 0.0), (0.0, 1.0), y=[0, 1])
+
+
+def test_the_share_of_rightly_classified_test_images_is_measured_with_its_interval():
+    test = features((2.0, 1.0), (1.0, 2.0), (3.0, 1.0), (1.0, 3.0), y=[0, 1, 1, 1])
+    numbers = numbers_of(EYE, test, k=1)
+    assert numbers == {"top1": 0.75}
+    assert numbers["top1"].low < 0.75 < numbers["top1"].high
+
+
+def test_several_k_are_measured_at_once():
+    """Far neighbours of class 1 outvote the near one of class 0."""
+    train = features((1.0, 0.0), (1.0, 1.0), (1.0, -1.0), y=[0, 1, 1])
+    test = features((1.0, 0.1), (1.0, -0.1), y=[0, 0])
+    assert numbers_of(train, test, k=[1, 3], temperature=10.0) == {"top1_k1": 1.0, "top1_k3": 0.0}
+
+
+def test_the_five_best_classes_are_among_those_with_votes():
+    """Of seven classes the two neighbours vote for two; a class without votes is never among the five."""
+    angles = torch.arange(7) * 0.1
+    train = Features(torch.stack([angles.cos(), angles.sin()], 1), torch.arange(7))
+    test = Features(train.x[[0, 0, 0]], torch.tensor([0, 1, 2]))
+    assert numbers_of(train, test, k=2) == {"top1": pytest.approx(1 / 3), "top5": pytest.approx(2 / 3)}
 
 
 def test_nothing_is_computed_in_float64_which_not_every_device_has(monkeypatch):
@@ -83,8 +99,27 @@ def test_nothing_is_computed_in_float64_which_not_every_device_has(monkeypatch):
         raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
 
     monkeypatch.setattr(torch.Tensor, "double", refused)
-    same = Features(torch.eye(2), torch.tensor([0, 1]))
-    assert top1_of(same, same, k=1) == 1.0
+    assert numbers_of(EYE, EYE, k=1) == {"top1": 1.0}
+
+
+ONE_CLASS = features((1.0, 0.0), y=[1])
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "options", "text"),
+    [
+        (EYE, EYE, {}, "k is 20, but there are 2 labelled train images; use k=2 or less"),
+        (EYE, EYE, {"k": [1, 3]}, "k is 3, but there are 2 labelled train images"),
+        (ONE_CLASS, EYE, {}, "all labelled train images are of one class, 1; at least two"),
+        (ONE_CLASS, EYE, {"classes": ["cat", "dog"]}, "are of one class, 'dog'; at least two are needed"),
+        (EYE, features((1.0, 0.0), y=[2]), {}, "class 2 has test images (1) and no labelled train image; both splits"),
+        (EYE, EYE, {"classes": ["a", "b"], "test_classes": ["a", "c"]}, "class 1 is 'b' in train and 'c' in test"),
+        (EYE, EYE, {"classes": ["a", "b"], "test_classes": ["a"]}, "class 1 is 'b' in train and missing in test"),
+    ],
+)
+def test_what_cannot_be_judged_is_told(train, test, options, text):
+    with pytest.raises(DataError, match=re.escape(text)):
+        numbers_of(train, test, **options)
 
 
 def test_a_class_token_that_is_not_there_is_a_clear_error():

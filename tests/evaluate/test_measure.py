@@ -161,4 +161,5 @@ def test_a_run_logs_the_curve_over_depth(tmp_path):
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     run_dir = train(load_recipe(tmp_path / "r.yaml", [], Registry()), Registry())
     [line] = [line for line in read_metrics(run_dir / "metrics.jsonl") if "loss" not in line]
-    assert {key for key in line if key.startswith("knn")} == {"knn_layer0_top1", "knn_layer1_top1"}
+    numbers = {f"knn_layer{layer}_{name}" for layer in (0, 1) for name in ("top1", "top5")}
+    assert {key for key in line if key.startswith("knn")} == numbers

@@ -76,11 +76,12 @@ def test_a_run_measures_by_it_and_the_command_agrees_with_the_run(mim):
     assert (knn["step"], probe["step"]) == (2, 2)
     assert 0.5 < probe["probe_top1"] <= 1  # ten digits, by their mean token
     printed = mim("eval", "knn,probe", "runs/tiny").stdout.splitlines()
-    titles = [f"{name:<19}" for name in ("knn top1", "probe top1", "probe loss")]
-    assert [line[:19] for line in printed[0:9:3]] == titles
-    assert [line[:19] for line in printed[1:9:3]] == ["runs/tiny (step 2) "] * 3
-    trained = [float(line.split("  ")[-1].split()[0]) for line in printed[1:9:3]]
-    assert trained == [round(each, 4) for each in (knn["knn_top1"], probe["probe_top1"], probe["probe_loss"])]
+    titles = [f"{name:<19}" for name in ("knn top1", "knn top5", "probe top1", "probe loss")]
+    assert [line[:19] for line in printed[0:12:3]] == titles
+    assert [line[:19] for line in printed[1:12:3]] == ["runs/tiny (step 2) "] * 4
+    trained = [float(line.split("  ")[-1].split()[0]) for line in printed[1:12:3]]
+    measured = (knn["knn_top1"], knn["knn_top5"], probe["probe_top1"], probe["probe_loss"])
+    assert trained == [round(each, 4) for each in measured]
     assert "images: 1,438 to learn from (digits), 359 to be tested on (digits)" in printed
     mim("eval", "probe", "runs/tiny", "probe.num_steps=1")
     fewer = json.loads(Path("runs/tiny/evaluations.jsonl").read_text().splitlines()[-1])

@@ -37,7 +37,10 @@ from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.optim import Optimizer, OptimSection, layers_above, parameter_groups
 
-COMMITTED = [*ROOT.glob("plugins/*/tests/parity/data"), ROOT / "tests" / "builtins" / "parity" / "data"]
+COMMITTED = [
+    *ROOT.glob("plugins/*/tests/parity/data"),
+    *(ROOT / "tests" / room / "parity" / "data" for room in ("builtins", "evaluate")),
+]
 GIVEN = [Path(os.environ["MIM_PARITY_DIR"])] if os.environ.get("MIM_PARITY_DIR") else []
 
 of_committed_cases = pytest.mark.skipif(bool(GIVEN), reason="MIM_PARITY_DIR may hold any of the cases, or none")

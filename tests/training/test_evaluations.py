@@ -101,7 +101,8 @@ def made(passes):
 
 
 def planned(cls: type[Evaluation], every_epochs: float = 1.0, batch_size: int = 256) -> Planned:
-    return Planned(cls(cls.Config()), every_epochs, batch_size)
+    config = KNN.Config(k=5) if cls is KNN else cls.Config()  # there are ten images
+    return Planned(cls(config), every_epochs, batch_size)
 
 
 def test_only_what_is_due_is_made(made, passes):
@@ -184,7 +185,7 @@ def test_every_evaluation_is_made_at_the_end_of_a_run(tmp_path):
     run_dir = train(load_recipe(write(tmp_path, evaluate), [], registry), registry)
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if "loss" not in line]
     assert [sorted(line.keys() - {"step", "time"}) for line in lines] == [
-        ["knn_top1"],
+        ["knn_top1", "knn_top5"],
         ["count_answer", "count_images"],
     ]
     assert {line["step"] for line in lines} == {2}
