@@ -12,7 +12,9 @@ from torch import nn
 from mim_framework.base.errors import DataError
 from mim_framework.contract.evaluation import Features
 from mim_framework.evaluate.attentive import Attentive
+from mim_framework.evaluate.few_shot import FewShot
 from mim_framework.evaluate.linear import Linear
+from mim_framework.testing import run_ranks
 
 
 def hidden_in_one_token(per_class: int, seed: int) -> Features:
@@ -88,3 +90,18 @@ def test_fewer_images_than_a_batch_are_one_batch():
         patch.setattr(nn.BatchNorm1d, "forward", counted)
         numbers_of(train, train, epochs=3, batch_size=64, lr=[0.1])
     assert steps == [10, 10, 10]
+
+
+def test_every_rank_finds_the_same_numbers():
+    tokens = subject_of(hidden_in_one_token(20, 0), hidden_in_one_token(10, 1))
+    vectors = subject_of(blobs(20), blobs(10, seed=1))
+
+    def numbers() -> list[dict[str, float]]:
+        return [
+            Attentive(Attentive.Config(epochs=3, num_queries=4))(tokens),
+            Linear(Linear.Config(steps=20))(vectors),
+            Linear(Linear.Config(solver="logistic"))(vectors),
+            FewShot(FewShot.Config(n=(2,)))(vectors),
+        ]
+
+    assert run_ranks(lambda rank: numbers()) == [numbers()] * 2
