@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from mim_framework.base.errors import CheckpointError, MimError, PluginError, Re
 from mim_framework.base.text import plain_logger
 from mim_framework.checkpoints.checkpoint import Checkpoint, find_latest, load, load_weights
 from mim_framework.contract.components import Encoder, Source, ViewBuilder
+from mim_framework.evaluate.cache import weights_hash
 from mim_framework.recipe.draft import load_written
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.installed import BUILTINS
@@ -88,12 +88,7 @@ class LoadedEncoder:
 
 def hash_of(module: nn.Module) -> str:
     """SHA-256 over the state of a module, in hexadecimal: names, types, shapes and values, in the order of names."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        found.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        found.update(values.reshape(-1).view(torch.uint8).numpy() if values.numel() else b"")
-    return found.hexdigest()
+    return weights_hash(module)
 
 
 def load_run(run_dir: Path, *, checkpoint: Path | None = None, registry: Registry | None = None) -> LoadedRun:

@@ -178,7 +178,7 @@ class _Judge:
             of_each = {variant: found[choice.type] for variant, found in readings.items() if choice.type in found}
             own = {key: each for key, each in choice.model_dump(mode="json").items() if key not in OF_A_RUN}
             made.append(Made(own, of_each[TRAINED].asked, {each: found.numbers for each, found in of_each.items()}))
-        return Judged(named.subject, named.run_dir, named.step, named.opened.trained, splits, overlap, tuple(made))
+        return Judged(named.subject, named.run_dir, named.step, named.opened, splits, overlap, tuple(made))
 
     def _prepare(self, named: Named) -> tuple[Recipe, Splits, Overlap]:
         """What is measured on which images, once for all checkpoints; everything that is wrong is told here."""

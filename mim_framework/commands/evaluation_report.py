@@ -6,17 +6,18 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mim_framework.assembly.opened import LoadedEncoder
 from mim_framework.base.files import SideFile
 from mim_framework.contract.components import Encoder, Source
 from mim_framework.contract.evaluation import Estimate, Split
 from mim_framework.contract.world import World
 from mim_framework.evaluate.base import Asked
-from mim_framework.evaluate.cache import about_source, weights_hash
+from mim_framework.evaluate.cache import about_source
 from mim_framework.evaluate.overlap import Overlap
 from mim_framework.evaluate.splits import Splits
 from mim_framework.registry.registry import Registry
@@ -27,6 +28,7 @@ FILE = "evaluations.jsonl"
 FORMAT = 1
 """Version of a record."""
 POOLS = {"mean": "the mean of patch tokens", "cls": "the class token", "tokens": "every patch token"}
+NORMS = {True: "after its last norm", False: "without a norm", None: "as it hands it out"}
 _OF_LAYER = re.compile(r"layer(\d+)_(.+)")
 
 
@@ -50,10 +52,14 @@ class Judged:
     subject: str
     run_dir: Path | None
     step: int | None
-    encoder: Encoder
+    opened: LoadedEncoder
     splits: Splits
     overlap: Overlap
     made: tuple[Made, ...]
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.opened.trained
 
     @property
     def numbers(self) -> dict[str, dict[str, float]]:
@@ -149,15 +155,20 @@ def _read(asked: Sequence[Asked], encoder: Encoder) -> str:
     """Pooling, layer and norm of features in words, those of the same pooling and norm together."""
     places: dict[tuple[str, str], list[str]] = {}
     for pool, layers in asked:
-        norm = "after its last norm" if _norm((pool, layers), encoder) else "without a last norm"
+        norm = NORMS[_norm((pool, layers), encoder)]
         place = f"layer {' beside '.join(map(str, layers))}" if layers else "the encoder's output"
         places.setdefault((POOLS[pool], norm), []).append(place)
     return "; ".join(f"{pool} of {', '.join(found)}, {norm}" for (pool, norm), found in places.items())
 
 
-def _norm(asked: Asked, encoder: Encoder) -> bool:
-    """Whether what was read passed the encoder's last norm: it has one, and the layers have its width and grid."""
+def _norm(asked: Asked, encoder: Encoder) -> bool | None:
+    """Whether what was read passed the encoder's last norm: it has one, and the layers have its width and grid.
+
+    None of the output of an encoder that has none by itself, but may have one inside, as models of timm do.
+    """
     spec = encoder.spec
+    if not asked[1] and type(encoder).final_norm is Encoder.final_norm:
+        return None
     end = (spec.dim, spec.grid)
     fits = all(spec.layers.get(layer % spec.depth, end) == end for layer in asked[1])
     return fits and type(encoder).final_norm is not Encoder.final_norm
@@ -184,8 +195,8 @@ def _records(judged: Judged, registry: Registry) -> Iterator[dict[str, Any]]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "subject": judged.subject,
         "step": judged.step,
-        "encoder": judged.encoder.name,
-        "weights_sha256": weights_hash(judged.encoder),
+        "origin": asdict(judged.opened.origin),
+        "weights_sha256": judged.opened.weights_sha256,
         "data": {split: _about(source) for split, source in judged.splits.sources.items()},
         "overlap": {
             "num_test": judged.overlap.num_test,

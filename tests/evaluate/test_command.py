@@ -47,7 +47,7 @@ def test_a_run_is_compared_with_raw_pixels_and_its_untrained_encoder(make_run, r
         "knn top1 | raw_pixels | untrained | trained",
         f"{run_dir} (step 7) | 1.0000 [0.6097, 1.0000] | 0.3333 [0.0968, 0.7000] | 1.0000 [0.6097, 1.0000]",
         "",
-        "knn reads the mean of patch tokens of the encoder's output, without a last norm",
+        "knn reads the mean of patch tokens of the encoder's output, as it hands it out",
         "images: 9 to learn from (folder), 6 to be tested on (folder)",
         "overlap: none of the 6 test images is among the 9 of pre-training",
         "in brackets: the 95 % interval, as the test images are a sample of many more",
@@ -279,9 +279,9 @@ def test_a_record_says_what_was_measured_of_what_and_with_what(make_run, registr
     assert record["numbers"]["trained"]["top1"] == {"value": 1.0, "low": pytest.approx(0.6097, abs=1e-4), "high": 1.0}
     assert record["options"] == {"layers": "last", "k": 1, "temperature": 0.07, "pool": "mean", "max_train": 50_000,
                                  "max_test": 10_000}  # fmt: skip
-    assert record["features"] == [{"pool": "mean", "layers": "last", "final_norm": False}]
+    assert record["features"] == [{"pool": "mean", "layers": "last", "final_norm": None}]
     assert (record["evaluation"], record["subject"], record["step"]) == ("knn", str(run_dir), 7)
-    assert (record["encoder"], len(record["weights_sha256"])) == ("patches", 64)
+    assert (record["origin"]["encoder"], len(record["weights_sha256"])) == ("patches", 64)
     test = record["data"]["test"]
     assert (test["source"], test["options"]["root"]) == ("folder", f"{tmp_path}/test")
     assert (test["num_images"], test["num_classes"], len(test["names"])) == (6, 3, 64)
