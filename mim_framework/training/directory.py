@@ -35,7 +35,7 @@ EXPLOSIONS = "explosions.json"
 
 MAY_CHANGE = (
     "description", "output_dir", "init", "data.workers", "data.prefetch_factor", "data.source.root",
-    "data.source.labels", "data.source.retries", "data.source.timeout", "data.source.storage_options",
+    "data.source.retries", "data.source.timeout", "data.source.storage_options",
     "data.eval_source", "data.eval_train_source", "data.max_broken", "data.accept_changed_source", "data.tokens",
     "train.batch_size", "train.device", "train.precision", "train.distributed", "train.compile",
     "train.max_nonfinite_steps", "train.on_explosion", "train.max_rewinds", "train.on_save_error",

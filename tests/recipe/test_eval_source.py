@@ -86,6 +86,11 @@ def test_a_resumed_run_may_be_judged_by_other_images(read):
     assert changed_keys(old, new) == []
 
 
+def test_labels_of_the_images_that_are_trained_on_are_no_matter_of_evaluations(read):
+    old = read({"source": {**FOLDER, "labels": False}})
+    assert changed_keys(old, read({"source": FOLDER})) == ["data.source.labels: False -> True"]
+
+
 def test_editors_are_told_which_sources_there_are():
     data = recipe_schema(REGISTRY)["$defs"]["DataSection"]["properties"]
     for key in ("source", "eval_source", "eval_train_source"):
