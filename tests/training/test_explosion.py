@@ -97,6 +97,37 @@ def test_rises_are_seen_however_fast_they_are(watch, factor, steps):
     assert first_rise(watch(), [1.5, *[1.2e8] * 9]) == Rise("loss", 1, 8, 1.5, 1.2e8)  # from the second step on
 
 
+OF_A_REAL_RUN = [
+    4.3663, 3.8192, 11.052, 3.5415, 418.83, 8.5821, 543.90, 7.9553, 3960.6, 47.137, 390.52, 1384.1, 2658.4, 26.996,
+    8681.5, 172.16, 725.69, 5304.1, 427.30, 7772.6, 4179.3, 187.67, 21.880, 443.98, 15460., 2919.5, 214.88, 789.92,
+]  # fmt: skip
+"""Of `quickstart` by sgd with a rate of 10 and clipped gradients."""
+
+
+def test_what_has_exploded_may_come_back_for_single_steps(watch):
+    assert first_rise(watch(), OF_A_REAL_RUN) == Rise("loss", since=6, until=19, before=4.3663, now=7772.6)
+    assert first_rise(watch(), noisy(300, 0) + OF_A_REAL_RUN).since in (300, 302)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_noisy_explosion_is_told_from_a_burst_of_spikes(watch, seed):
+    draw = random.Random(seed)
+    exploded = [1e3 * math.exp(draw.gauss(0, 3)) for _ in range(60)]  # to a twentieth and to twenty times
+    rise = first_rise(watch(), noisy(500, seed) + exploded + noisy(100, seed))
+    assert 500 <= rise.since <= 503
+    assert rise.until < 530
+    burst = noisy(500, seed)
+    for index in draw.sample(range(400, 416), 7):
+        burst[index] *= 1e4
+    assert first_rise(watch(), burst) is None
+
+
+def test_the_first_losses_are_the_measure_of_what_creeps_and_not_the_first_alone(watch):
+    creeping = [1.003**index for index in range(2000)]  # never far above its window; to 400 times
+    assert 1500 < first_rise(watch(), creeping).until < 1600
+    assert first_rise(watch(), [0.05, *creeping[:700]]) is None  # to 160 times the first, 8 times the second
+
+
 def test_a_rise_in_the_last_steps_of_a_run_is_seen(watch):
     assert first_rise(watch(), [*noisy(300, 0), 1e5, 1e6]).since == 300
     assert first_rise(watch(), [*noisy(300, 0), 1e5]) is None  # a single step may be a spike
