@@ -346,4 +346,7 @@ def _temporary(path: Path) -> Path:
 def _remove_leftovers(folder: Path) -> None:
     """Temporary folders of runs that were killed while saving."""
     for path in folder.glob(".step_*.tmp"):
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:  # NFS keeps what somebody has open
+            logger.warning(f"cannot delete the leftover {path}: {error}")

@@ -52,6 +52,8 @@ stands higher at the same step."""
 NEVER_CHANGED = ("type", "parameters", "options", "layer_decay", "layer_decay_of", "multipliers")
 """Keys of an optimizer that decide what its state and its groups are."""
 
+NO_LOCKS = "this {} has no file locks: do not start a second run in {}"
+
 
 def prepare_directory(
     recipe: Recipe, registry: Registry, world: World, *, fresh: bool, allow_change: Sequence[str] = ()
@@ -230,7 +232,7 @@ def _lock(recipe: Recipe) -> int | None:
     try:
         import fcntl
     except ImportError:  # Windows
-        logger.warning(f"this system has no file locks: do not start a second run in {run_directory(recipe)}")
+        logger.warning(NO_LOCKS.format("system", run_directory(recipe)))
         return None
     path = run_directory(recipe) / "run.lock"
     with _writing(recipe):
@@ -246,7 +248,8 @@ def _lock(recipe: Recipe) -> int | None:
                 f"{path.parent} is in use by another run ({holder}); wait until it has ended, or give this one another "
                 f"name: name=... If that process is no more, which some file systems notice late, delete {path}"
             ) from None
-        return file  # a file system without locks
+        logger.warning(NO_LOCKS.format("file system", path.parent))
+        return file
     with _writing(recipe):
         os.ftruncate(file, 0)
         os.write(file, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
