@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
+import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -23,10 +26,40 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow") and not config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
-        if item.get_closest_marker("fault") and "fault" not in (config.getoption("-m") or ""):
+        only_there = item.path.parent.name == "faults" and item.get_closest_marker("fault")
+        if only_there and "fault" not in (config.getoption("-m") or ""):
             item.add_marker(pytest.mark.skip(reason="a fault test; run with -m fault"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+# --- figures of the fault tests, of which docs/reliability.md is made ------------------------------------------------
+
+FIGURES: list[dict[str, str]] = []
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Notes what a fault test measured, under the row of its marker or another, and the test's name."""
+    row = request.node.get_closest_marker("fault").kwargs["row"]
+    name = request.node.originalname.removeprefix("test_").replace("_", " ")
+    return lambda text, row=row: FIGURES.append({"row": row, "test": name, "figure": text})
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    file = session.config.getoption("--figures")
+    if file and FIGURES:
+        facts = {
+            "date": date.today().isoformat(),
+            "machine": f"{platform.system()}, {torch.get_num_threads()} thread, Python {platform.python_version()}, "
+            f"torch {torch.__version__}",
+            "failed": session.testsfailed,
+            "figures": FIGURES,
+        }
+        Path(file).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+# --- packages and plugins --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
@@ -169,6 +170,18 @@ def at_file(number: int, action: Fault, of: str) -> Fault:
             seen += 1
             if seen == number:
                 action()
+
+    return lambda: sys.addaudithook(watch)
+
+
+def read_only(folder: Path) -> Fault:
+    """A folder of a file system that is mounted for reading: whatever would change it fails."""
+    changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        reads = event == "open" and not (arguments[2] or 0) & changing
+        if event in FILE_OPERATIONS and not reads and str(arguments[0]).startswith(str(folder)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(arguments[0]))
 
     return lambda: sys.addaudithook(watch)
 

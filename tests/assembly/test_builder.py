@@ -396,6 +396,7 @@ def mae_of(tmp_path, **changes):
     return recipe_of(tmp_path, **{**slots, **changes})
 
 
+@pytest.mark.fault(row="p")
 @pytest.mark.parametrize(
     ("names", "share", "line"),
     [
@@ -408,7 +409,7 @@ def mae_of(tmp_path, **changes):
         ([], r"0\.00%", r"heads\.main\.decoder: 0 of \d+ tensors"),
     ],
 )
-def test_init_that_fits_hardly_anything_of_the_encoder_is_refused_with_counts(tmp_path, names, share, line):
+def test_init_that_fits_hardly_anything_of_the_encoder_is_refused_with_counts(tmp_path, names, share, line, figure):
     state = build_model(mae_of(tmp_path), REGISTRY).objective.state_dict()
     save_file({name: state[name] for name in names}, tmp_path / "part.safetensors")
     recipe = mae_of(tmp_path, init=str(tmp_path / "part.safetensors"))
@@ -416,9 +417,11 @@ def test_init_that_fits_hardly_anything_of_the_encoder_is_refused_with_counts(tm
         CheckpointError, match=rf"(?s)part.safetensors holds {share} of the encoder, less than 50%.*{line}"
     ):
         build_model(recipe, REGISTRY)
+    figure(f"{len(names)} tensors of the model: refused with {share.replace(chr(92), '')} of the encoder and counts")
 
 
-def test_init_that_fits_in_part_is_told_with_counts_and_a_whole_one_is_not(tmp_path):
+@pytest.mark.fault(row="p")
+def test_init_that_fits_in_part_is_told_with_counts_and_a_whole_one_is_not(tmp_path, figure):
     state = build_model(mae_of(tmp_path), REGISTRY).objective.state_dict()
     encoder = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
     for name, weights in (("part", encoder), ("whole", state)):
@@ -427,6 +430,7 @@ def test_init_that_fits_in_part_is_told_with_counts_and_a_whole_one_is_not(tmp_p
     assert "the rest starts at random:\n  encoder: 18 of 18 tensors" in note
     assert "heads.main.decoder: 0 of " in note
     assert build_model(mae_of(tmp_path, init=str(tmp_path / "whole.safetensors")), REGISTRY).notes == ()
+    figure("the whole encoder alone: taken and told; the whole model: taken without a word")
 
 
 def test_init_of_another_image_size_resizes_tables_of_positions(tmp_path):

@@ -66,7 +66,8 @@ def run(folder: Path, *overrides: str, **changes) -> Path:
     return train(recipe, REGISTRY)
 
 
-def test_a_poisoned_run_is_explained_by_one_command(tmp_path):
+@pytest.mark.fault(row="7")
+def test_a_poisoned_run_is_explained_by_one_command(tmp_path, figure):
     """A rate that grows too large: the loss explodes, and the page says in which module, from which sample."""
     run_dir = run(
         tmp_path, "optim={type: sgd, lr: 5.0, shape: constant}", "train.max_nonfinite_steps=9",
@@ -84,6 +85,7 @@ def test_a_poisoned_run_is_explained_by_one_command(tmp_path):
     with Image.open(tmp_path / "images" / f"position_{first['positions'][0]:08d}.png") as image:
         assert image.size == (16, 16)
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    figure("`mim replay` names the module and its samples, 0 of the run's files changed")
 
 
 def test_the_state_after_the_first_skipped_step_is_kept_and_serves_the_step_itself(tmp_path):
@@ -99,13 +101,15 @@ def test_the_state_after_the_first_skipped_step_is_kept_and_serves_the_step_itse
     assert "--images FOLDER" in page
 
 
-def test_a_repeated_step_has_the_loss_of_the_run_to_the_last_digit(tmp_path):
+@pytest.mark.fault(row="7")
+def test_a_repeated_step_has_the_loss_of_the_run_to_the_last_digit(tmp_path, figure):
     run_dir = run(tmp_path, "checkpoint.every_steps=2", "checkpoint.keep=9")
     losses = {line["step"] - 1: line["loss"] for line in read_metrics(run_dir) if "loss" in line}
     for step in (1, 3, 5):
         page = replay(run_dir, step, registry=REGISTRY, from_start=True)
         assert f"main {losses[step]:.6g}" in page
         assert "every output, gradient and loss of this step is finite" in page
+    figure("`mim replay` repeats 3 of 3 steps with the loss of the run")
 
 
 def test_a_step_that_cannot_be_reached_says_which_can(tmp_path):

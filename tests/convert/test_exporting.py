@@ -130,8 +130,9 @@ def test_a_folder_without_a_run_is_an_error(tmp_path: Path):
         export_run(tmp_path, "timm")
 
 
+@pytest.mark.fault(row="4")
 @pytest.mark.parametrize("to", ["official", "timm"])
-def test_a_full_disk_leaves_the_export_of_before(tmp_path: Path, to: str):
+def test_a_full_disk_leaves_the_export_of_before(tmp_path: Path, to: str, figure):
     make_run(tmp_path / "run")
     file = export_run(tmp_path / "run", to)
     before = file.read_bytes()
@@ -144,3 +145,4 @@ def test_a_full_disk_leaves_the_export_of_before(tmp_path: Path, to: str):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+    figure(f"export to {to}: 1 sentence, the file of before to the bit, 0 others")

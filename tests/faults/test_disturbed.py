@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
+import zlib
 from pathlib import Path
 
 import faulty
@@ -13,6 +15,7 @@ import torch
 from faulty import SHORT, hashes, log, mim
 from PIL import Image
 
+from mim_framework.checkpoints.checkpoint import list_checkpoints, load
 from mim_framework.registry.registry import Registry
 
 PLUGINS = {
@@ -72,27 +75,59 @@ def test_a_plugin_that_moves_the_generators(install_plugin, figure) -> None:
     figure("named, and the generators put back")
 
 
+def on_ranks(world: int, *arguments: object) -> None:
+    process = faulty.started("run", *arguments, "--nproc-per-node", world)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+
+
+def weights_differ(run_dir: Path, other: Path) -> float:
+    """The largest difference between two weights of one name."""
+    found = [load(list_checkpoints(each / "checkpoints")[-1]).tensors("model") for each in (run_dir, other)]
+    return max((found[0][name] - found[1][name]).abs().max().item() for name in found[0])
+
+
 @pytest.mark.fault(row="21")
 def test_another_number_of_ranks(tmp_path: Path, figure) -> None:
-    options = [
-        *SHORT,
-        "train.total_batch_size=12",
-        "train.steps=6",
-        "checkpoint.every_steps=3",
-        f"output_dir={tmp_path}",
-    ]
-    losses = {}
-    for world, mode in ((1, "ddp"), (2, "ddp"), (3, "ddp"), (2, "fsdp")):
-        name = f"r{world}{mode}"
-        changes = [f"name={name}", f"train.distributed={mode}"]
-        process = faulty.started("run", "quickstart", *options, *changes, "--nproc-per-node", world)
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said
-        losses[name] = [line["loss"] for line in log(tmp_path / name)]
-    first = losses["r1ddp"]
-    gap = max(abs(a - b) for each in losses.values() for a, b in zip(first, each, strict=True))
+    options = [*SHORT, "train.total_batch_size=12", "train.steps=6", f"output_dir={tmp_path}"]
+    assert mim("run", "quickstart", *options, "name=one").code == 0
+    losses = [[line["loss"] for line in log(tmp_path / "one")]]
+    ranks = {"ddp_on_2": (2, "ddp"), "ddp_on_3": (3, "ddp"), "fsdp_on_2": (2, "fsdp")}
+    for name, (world, mode) in ranks.items():
+        on_ranks(world, "quickstart", *options, f"name={name}", f"train.distributed={mode}")
+        losses.append([line["loss"] for line in log(tmp_path / name)])
+    gap = max(abs(a - b) for each in losses for a, b in zip(losses[0], each, strict=True))
     figure(f"2 and 3 ranks and FSDP on 2: losses of 6 steps differ by at most {gap:.1e}")
+    gaps = [f"{weights_differ(tmp_path / 'one', tmp_path / name):.1e} ({name.replace('_', ' ')})" for name in ranks]
+    figure(f"quickstart, 6 steps of AdamW: weights differ from one process by {', '.join(gaps)}", row="28")
     assert gap < 1e-4
+
+
+@pytest.mark.fault(row="21")
+def test_another_number_of_ranks_at_every_start(tmp_path: Path, figure) -> None:
+    options = ["quickstart", *SHORT, "train.total_batch_size=12", f"output_dir={tmp_path}", "optim.shape=constant"]
+    assert mim("run", *options, "name=one", "train.steps=8").code == 0
+    assert mim("run", *options, "name=turns", "train.steps=2").code == 0
+    for world, last in ((2, 4), (4, 6), (3, 8)):
+        on_ranks(world, *options, "name=turns", "--allow-change", "train.steps", f"train.steps={last}")
+    losses = [[line["loss"] for line in log(tmp_path / name)] for name in ("one", "turns")]
+    assert len(losses[0]) == len(losses[1]) == 8
+    gap = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    figure(f"1, 2, 4 and 3 ranks in turn: losses of 8 steps differ by at most {gap:.1e}")
+    assert gap < 1e-4
+
+
+@pytest.mark.fault(row="28")
+def test_one_process_ddp_and_fsdp_give_the_same_weights(tmp_path: Path, figure) -> None:
+    options = [*SHORT, "train.steps=8", f"output_dir={tmp_path}"]
+    assert mim("run", "maskfeat_quickstart", *options, "name=one").code == 0
+    for mode in ("ddp", "fsdp"):
+        on_ranks(2, "maskfeat_quickstart", *options, f"name={mode}", f"train.distributed={mode}")
+    gaps = [weights_differ(tmp_path / "one", tmp_path / mode) for mode in ("ddp", "fsdp")]
+    figure(
+        f"maskfeat_quickstart, 8 steps: weights differ from one process by {gaps[0]:.1e} (DDP), {gaps[1]:.1e} (FSDP)"
+    )
+    assert max(gaps) < 1e-5
 
 
 def pictures(folder: Path, names: list[str]) -> Path:
@@ -140,6 +175,49 @@ def test_a_password_in_an_address(tmp_path: Path, figure) -> None:
     assert "vault://***@host/" in (tmp_path / "secret" / "recipe.yaml").read_text()
     assert "S3CRET" not in first.said + again.said
     figure(f"it stands in 0 of {len(files)} files of the run and in 0 lines of its output; the resume works")
+
+
+def too_large(data: bytes) -> bytes:
+    """A PNG whose header claims 100,000 x 100,000 pixels."""
+    header = data[12:16] + (100_000).to_bytes(4, "big") * 2 + data[24:29]
+    return data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
+
+
+HARMS = {
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[: len(data) // 2],
+    "not_an_image": lambda data: b"<html><body>404</body></html>" * 20,
+    "too_large": too_large,
+    "unreadable": None,
+}
+
+
+@pytest.mark.fault(row="11")
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1])
+def test_broken_images(share: float, tmp_path: Path, figure) -> None:
+    images = pictures(tmp_path / "images", [f"{n:03d}.png" for n in range(200)])
+    chosen = random.Random(1).sample(sorted(images.iterdir()), round(200 * share))
+    broken = {path.name: list(HARMS)[n % len(HARMS)] for n, path in enumerate(chosen)}
+    for name, cause in broken.items():
+        if harm := HARMS[cause]:
+            (images / name).write_bytes(harm((images / name).read_bytes()))
+        else:
+            (images / name).unlink()
+            (images / name).symlink_to("nowhere.png")
+    source = "data.source=" + json.dumps({"type": "folder", "root": str(images)})
+    options = [*SHORT, "train.steps=25", f"output_dir={tmp_path}", "data.max_broken=0.5", source]
+    found = []
+    for workers in (0, 1, 2):
+        ended = mim("run", "quickstart", *options, f"name=w{workers}", f"data.workers={workers}")
+        assert ended.code == 0, ended.said
+        file = tmp_path / f"w{workers}" / "broken_images.rank0.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if broken else []
+        assert {line["name"]: line["cause"] for line in lines} == broken
+        counted = sum(value for key, value in log(file.parent)[-1].items() if key.startswith("broken/"))
+        assert counted == len(lines)
+        found.append((hashes(file.parent), log(file.parent), lines))
+    assert found[0] == found[1] == found[2]
+    figure(f"{share:.0%} of 200: {len(broken)} of {len(broken)} named with their cause, 0, 1 and 2 workers alike")
 
 
 @pytest.mark.fault(row="r")

@@ -371,6 +371,19 @@ def test_a_few_epochs_on_digits_lower_the_loss_and_leave_masks_that_follow_the_i
     assert judged.numbers["trained"]["knn_top1"] > judged.numbers["untrained"]["knn_top1"] + 0.03
 
 
+@pytest.mark.fault(row="8")
+@pytest.mark.slow
+def test_an_adversary_is_no_explosion(tmp_path, figure):
+    run_dir = run(tmp_path, "train.steps=300", "train.total_batch_size=32", "optimizers.masker.lr=1e-2")
+    losses = losses_of(run_dir)
+    assert len(losses) == 300
+    assert not (run_dir / "explosions.json").exists()
+    highest = max(max(pair) for pair in losses) / losses[0][0]
+    figure(
+        f"0 alarms in 300 steps of 2 phases with an adversarial masker (ADIOS), highest loss {highest:.1f} x the first"
+    )
+
+
 @pytest.mark.slow
 class TestContract(PluginContract):
     plugin = "guest_adios"

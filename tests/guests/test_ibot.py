@@ -642,3 +642,14 @@ def test_digits_are_learned(tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     [judged] = evaluate(["knn"], [run_dir], ["knn.pool=cls"])
     assert judged.numbers["trained"]["knn_top1"] > judged.numbers["untrained"]["knn_top1"] + 0.1
+
+
+@pytest.mark.fault(row="8")
+@pytest.mark.slow
+def test_a_momentum_teacher_is_no_explosion(tmp_path, figure):
+    trainer = trained(tmp_path, "train.steps=300", "train.total_batch_size=16")
+    assert not (trainer.run.dir / "explosions.json").exists()
+    losses = [line["loss"] for line in lines_of(trainer.run.dir)]
+    assert len(losses) == 300
+    highest = max(losses) / losses[0]
+    figure(f"0 alarms in 300 steps with a momentum teacher (iBOT), highest loss {highest:.1f} x the first")

@@ -228,16 +228,19 @@ def test_two_distributions_with_one_entry_point_name_are_both_named(mim, install
 SLEEPY = "import time\ntime.sleep(0.5)\n" + BAD
 
 
-def test_a_plugin_that_hangs_in_import_is_imported_only_by_recipes_that_need_it(mim, install_plugin):
+@pytest.mark.fault(row="15")
+def test_a_plugin_that_hangs_in_import_is_imported_only_by_recipes_that_need_it(mim, install_plugin, figure):
     install_plugin(
         "bad", "import time\ntime.sleep(30)\n" + BAD, files={"recipes/bad_recipe.yaml": "# Needs what hangs.\n"}
     )
     check_that_it_is_usable(mim)
     assert mim("plugins", "show", "bad").exit_code == 0
     assert "mim_plugin_bad" not in sys.modules
+    figure("one that hangs for 30 s in import: not imported where it is not needed")
 
 
-def test_a_slow_import_is_told_with_its_plugin_and_how_to_leave_it_out(mim, install_plugin, monkeypatch):
+@pytest.mark.fault(row="15")
+def test_a_slow_import_is_told_with_its_plugin_and_how_to_leave_it_out(mim, install_plugin, monkeypatch, figure):
     monkeypatch.setattr(importing, "SLOW_IMPORT_SECONDS", 0.1)
     install_plugin("bad", SLEEPY)
     checked = mim("check", "bad.yaml")
@@ -246,6 +249,7 @@ def test_a_slow_import_is_told_with_its_plugin_and_how_to_leave_it_out(mim, inst
         "mim: plugin 'bad' (mim-plugin-bad) has been importing for 0.1 s; to go without it, stop with Ctrl-C and set "
         "MIM_DISABLE_PLUGINS=bad\n"
     )
+    figure("one that is slow in import: named with the way to leave it out, and then used")
 
 
 def test_an_import_within_the_time_is_not_told(mim, install_plugin, monkeypatch):

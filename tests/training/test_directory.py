@@ -65,7 +65,8 @@ def test_versions_are_compared_by_name():
     assert changed_versions({}, now) == []
 
 
-def test_a_run_is_lengthened_and_slowed_by_an_explicit_word(tmp_path):
+@pytest.mark.fault(row="27")
+def test_a_run_is_lengthened_and_slowed_by_an_explicit_word(tmp_path, figure):
     run_dir = run(tmp_path, "train.steps=3")
     with pytest.raises(RecipeError, match=r"train\.steps: 3 -> 6\. Undo .*add --allow-change train\.steps,"):
         run(tmp_path, "train.steps=6")
@@ -81,6 +82,7 @@ def test_a_run_is_lengthened_and_slowed_by_an_explicit_word(tmp_path):
     assert rates(run_dir)[3:] == rates(run(tmp_path / "slow", *changes))[3:]  # those of the new recipe at these steps
     run(tmp_path, *changes)  # the new recipe is the run's own now
     assert len(read_records(run_dir / "changes.json")) == 1
+    figure("length and learning rate: 2 of 2 refused without --allow-change, 2 of 2 taken and recorded with it")
 
 
 @pytest.mark.parametrize("key", ["seed", "encoder.depth", "train.total_batch_size", "optim.type", "optim.options"])

@@ -120,11 +120,12 @@ def to_one_rank(job: Job) -> list[int]:
     return job.ranks()[1:]
 
 
+@pytest.mark.fault(row="5")
 @pytest.mark.parametrize(
     ("number", "receivers"),
     [(signal.SIGTERM, to_the_whole_job), (signal.SIGTERM, to_one_rank), (signal.SIGUSR1, to_the_launcher)],
 )
-def test_a_stopped_job_saves_says_so_and_resumes(start, number, receivers):
+def test_a_stopped_job_saves_says_so_and_resumes(start, number, receivers, figure):
     job = start()
     job.wait_for_step(3)
     everyone = job.everyone()
@@ -142,6 +143,8 @@ def test_a_stopped_job_saves_says_so_and_resumes(start, number, receivers):
     again = start()
     assert again.process.wait(120) == 0, again.said
     assert [line["step"] for line in read_metrics(job.dir)] == list(range(1, STEPS + 1))
+    to = receivers.__name__.removeprefix("to_").replace("_", " ")
+    figure(f"2 ranks, {signal.Signals(number).name} to {to}: 1 checkpoint, 0 of {len(everyone)} processes left")
 
 
 def test_a_killed_rank_ends_the_job_with_its_name(start):
@@ -176,23 +179,28 @@ def test_what_fails_on_rank_0_is_said_once_and_ends_all(start, tmp_path):
     assert "mim: rank 0 ended with exit code 1; its message is above" in job.said
 
 
-def test_ranks_do_not_outlive_a_launcher_that_is_killed(start):
+@pytest.mark.fault(row="c")
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(start, figure):
     job = start("train.steps=100000")
     job.wait_for_step(3)
     ranks = job.ranks()
     os.kill(job.process.pid, signal.SIGKILL)
     job.process.wait()
-    give_up = time.monotonic() + 60
+    killed = time.monotonic()
+    give_up = killed + 60
     while any(Path(f"/proc/{pid}").exists() for pid in ranks):
         assert time.monotonic() < give_up, job.said
         time.sleep(0.1)
+    gone = time.monotonic() - killed
     [step] = saved(job.dir)
     assert f"stopped by signal after step {step}" in job.said
     assert logged(job.dir) == step
+    figure(f"2 of 2 ranks saved and left within {gone:.1f} s")
 
 
+@pytest.mark.fault(row="10")
 @pytest.mark.parametrize("hung", [0, 1])
-def test_a_rank_that_hangs_is_named_and_leaves_the_stacks_of_all(start, tmp_path, monkeypatch, hung):
+def test_a_rank_that_hangs_is_named_and_leaves_the_stacks_of_all(start, tmp_path, monkeypatch, hung, figure):
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(HANGING.format(rank=hung))
     paths = [str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]
@@ -204,6 +212,7 @@ def test_a_rank_that_hangs_is_named_and_leaves_the_stacks_of_all(start, tmp_path
     assert "a_place_to_hang_in" in stacks[hung]
     assert "a_place_to_hang_in" not in stacks[1 - hung]
     assert "train_step" in stacks[1 - hung]
+    figure(f"rank {hung} of 2 hangs: named with its step after train.step_timeout, exit 1, the stacks of 2 of 2 ranks")
 
 
 HANGING = """

@@ -39,9 +39,10 @@ def replaced(folder: Path) -> None:
     pil.effect_noise((16, 16), 50).save(folder / "3.png")
 
 
+@pytest.mark.fault(row="27")
 @pytest.mark.slow  # four runs
 @pytest.mark.parametrize(("change", "words"), [(renamed, "other names"), (replaced, "files of other sizes")])
-def test_a_run_goes_on_with_renamed_or_replaced_images_only_if_it_is_told_to(tmp_path, caplog, change, words):
+def test_a_run_goes_on_with_renamed_or_replaced_images_only_if_it_is_told_to(tmp_path, caplog, change, words, figure):
     images(tmp_path / "images", [f"{i}.png" for i in range(8)])
     on_folder(tmp_path, "train.steps=2")
     on_folder(tmp_path, "train.steps=2")  # nothing has changed
@@ -53,6 +54,7 @@ def test_a_run_goes_on_with_renamed_or_replaced_images_only_if_it_is_told_to(tmp
     assert (line["step"], line["changes"]) == (2, [words])
     assert line["then"]["num_images"] == line["now"]["num_images"] == 8
     assert "accepted by the recipe" in caplog.text
+    figure(f"an image is {change.__name__}: refused with '{words}', taken and recorded by data.accept_changed_source")
 
 
 def test_a_checkpoint_of_before_knows_only_the_number(tmp_path):

@@ -84,7 +84,8 @@ def raising(error: BaseException):
 # --- memory and workers ----------------------------------------------------------------------------------------------
 
 
-def test_memory_that_runs_out_is_told_with_the_next_batch_size_and_loses_no_step(tmp_path, interfere):
+@pytest.mark.fault(row="9")
+def test_memory_that_runs_out_is_told_with_the_next_batch_size_and_loses_no_step(tmp_path, interfere, figure):
     interfere(5, lambda: torch.empty(2**46))
     wanted = (
         r"memory of cpu ran out in step 2 \(it tried to allocate \d+ bytes\), with 4 images per rank and micro-batch, "
@@ -97,6 +98,7 @@ def test_memory_that_runs_out_is_told_with_the_next_batch_size_and_loses_no_step
     assert saved(tmp_path / "tiny") == [2]
     interfere(-1, lambda: None)
     assert hashes(run(tmp_path, *options)) == hashes(run(tmp_path / "whole", *options))
+    figure("a tensor of 70 TB in step 2: 1 sentence with the peak and train.batch_size=2, 0 steps lost, the same bits")
 
 
 def test_a_state_that_the_failed_step_has_changed_is_not_saved(tmp_path, interfere):
@@ -150,9 +152,10 @@ def test_failed_collectives_are_known_by_their_kind():
     assert not any(map(is_lost_contact, [RuntimeError("shapes"), ConnectionResetError("a server"), ValueError("x")]))
 
 
+@pytest.mark.fault(row="e")
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker in /proc")
-def test_a_data_worker_that_is_killed_is_named_with_the_way_out(tmp_path):
+def test_a_data_worker_that_is_killed_is_named_with_the_way_out(tmp_path, figure):
     """In a process of its own: torch's handler of SIGCHLD strikes at whatever line it is."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny.RECIPE))
     options = [f"output_dir={tmp_path}", "data.workers=1", "train.steps=100000", "checkpoint.every_steps=2"]
@@ -172,6 +175,7 @@ def test_a_data_worker_that_is_killed_is_named_with_the_way_out(tmp_path):
     assert re.search(r"mim: a data worker \(process \d+\) was killed by SIGKILL, .*; data\.workers=0 needs less", text)
     assert "Traceback" not in text
     assert saved(tmp_path / "tiny")
+    figure("killed by SIGKILL: 1 sentence with the process and data.workers=0, exit 1, checkpoints kept")
 
 
 def test_other_errors_stay_what_they_are(tmp_path, interfere):
@@ -192,8 +196,9 @@ def test_one_rank_of_each_machine_says_for_what_a_stop_waits_and_for_how_long(ra
 # --- full disks ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(row="4")
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_list_that_cannot_be_written_is_warned_about_once_and_the_run_goes_on(tmp_path, caplog):
+def test_a_list_that_cannot_be_written_is_warned_about_once_and_the_run_goes_on(tmp_path, caplog, figure):
     (tmp_path / "list").symlink_to("/dev/full")
     side = SideFile(tmp_path / "list")
     side.append(["a"])
@@ -208,6 +213,7 @@ def test_a_list_that_cannot_be_written_is_warned_about_once_and_the_run_goes_on(
     overrides = [f"output_dir={tmp_path}", "optim.lr=1e38", "optim.warmup_epochs=0", "train.max_nonfinite_steps=9"]
     run_dir = train(load_recipe(tmp_path / "recipe.yaml", [*overrides, "train.steps=4"], registry), registry)
     assert read_metrics(run_dir)[-1]["step"] == 4
+    figure("nonfinite.jsonl on a full disk: 1 warning, 4 of 4 steps made")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -218,7 +224,8 @@ def test_a_record_in_whose_place_a_device_without_an_end_lies_does_not_hold_a_ru
     assert read_metrics(run(tmp_path, "train.steps=2"))[-1]["step"] == 2
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_or_is_warned_about(tmp_path, monkeypatch, caplog):
+@pytest.mark.fault(row="4")
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_or_is_warned_about(tmp_path, monkeypatch, caplog, figure):
     real, full = checkpoint.save_checkpoint, {1, 2}
 
     def save(folder, step, *more):
@@ -236,6 +243,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_or_is_warned_about(tmp
     full.add(3)
     with pytest.raises(CheckpointError, match="the disk is full"):  # the last one must be written
         run(tmp_path / "last", *options, "train.on_save_error=warn")
+    figure("train.on_save_error=warn: 2 of 2 failed saves told, the run ends with its last one, which must be written")
 
 
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
