@@ -55,9 +55,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- over HTTP -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(row="12")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*FAULTS, "all"])
-def test_files_that_fail_twice_are_read_at_the_third_try(tmp_path, images, from_disk, impatient, kind: str):
+def test_files_that_fail_twice_are_read_at_the_third_try(tmp_path, images, from_disk, impatient, kind: str, figure):
     pytest.importorskip("aiohttp")
     faults = Faults(0.3, times=2, kinds=FAULTS if kind == "all" else (kind,))
     with served(images, faults) as url:
@@ -66,12 +67,15 @@ def test_files_that_fail_twice_are_read_at_the_third_try(tmp_path, images, from_
     assert len(faults.failed) >= 3 if kind == "all" else set(faults.failed) == {kind}
     assert_counted(tmp_path, faults)
     assert nothing_replaced(tmp_path)
+    failed = faults.failed.total()
+    figure(f"HTTP, 30 % of the files fail twice ({kind}): {failed} faults, 0 samples lost, equal weights")
 
 
+@pytest.mark.fault(row="12")
 @pytest.mark.slow
 @pytest.mark.parametrize("retries", [1, 9])
 def test_with_independent_faults_a_run_ends_with_the_same_bits_or_stops_saved(
-    tmp_path, images, from_disk, impatient, retries: int
+    tmp_path, images, from_disk, impatient, retries: int, figure
 ):
     """With one further try, about one read in eleven is given up: every stop makes a checkpoint, and it goes on."""
     pytest.importorskip("aiohttp")
@@ -82,12 +86,15 @@ def test_with_independent_faults_a_run_ends_with_the_same_bits_or_stops_saved(
     assert stops == 0 if retries == 9 else stops > 0
     assert_counted(tmp_path, faults)
     assert counted(tmp_path).get("unreachable", 0) == stops
+    failed = faults.failed.total()
+    figure(f"HTTP, 30 % of all requests fail, {retries} retries: {failed} faults, {stops} stops, 0 lost, equal weights")
 
 
+@pytest.mark.fault(row="12")
 @pytest.mark.slow
 @pytest.mark.parametrize("answers", [30, 61])
 def test_a_server_that_stays_away_stops_the_run_after_a_checkpoint(
-    tmp_path, images, from_disk, impatient, answers: int
+    tmp_path, images, from_disk, impatient, answers: int, figure
 ):
     pytest.importorskip("aiohttp")
     with served(images, Faults(gone_after=answers)) as url, pytest.raises(Unreachable, match="does not answer"):
@@ -99,6 +106,7 @@ def test_a_server_that_stays_away_stops_the_run_after_a_checkpoint(
     with served(images) as url:
         assert run(tmp_path, url, retries=5) == from_disk
     assert counted(tmp_path) == {"retries": 2, "unreachable": 1}
+    figure(f"HTTP, gone after {answers} answers: stops saved at step {done} of {STEPS}, later ends with equal weights")
 
 
 @pytest.mark.slow
@@ -223,11 +231,12 @@ def test_all_ranks_save_when_one_cannot_read(tmp_path, position: int):
     assert hashes(tmp_path / "stopped") == hashes(tmp_path / "whole")
 
 
+@pytest.mark.fault(row="e")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_data_worker_is_one_sentence_after_a_checkpoint(tmp_path, workers: int):
+def test_a_killed_data_worker_is_one_sentence_after_a_checkpoint(tmp_path, workers: int, figure):
     [gone] = order(range(30, 31))
     with pytest.raises(WorkerKilled) as info:
         distant(tmp_path / "stopped", workers=workers, gone=gone, killed=True)
@@ -239,6 +248,7 @@ def test_a_killed_data_worker_is_one_sentence_after_a_checkpoint(tmp_path, worke
     distant(tmp_path / "stopped", gone=gone, killed=True)
     distant(tmp_path / "whole")
     assert hashes(tmp_path / "stopped") == hashes(tmp_path / "whole")
+    figure(f"1 of {workers} workers dies while it reads: 1 sentence after a checkpoint, 0 workers left, the same bits")
 
 
 # --- counts and lists of broken images -------------------------------------------------------------------------------
@@ -251,8 +261,9 @@ def listed(folder: Path) -> list[tuple[int, str]]:
     return sorted((line["position"], line["name"]) for line in map(json.loads, lines))
 
 
+@pytest.mark.fault(row="11")
 @pytest.mark.parametrize("broken", [[3, 11, 30], list(range(0, NUM_IMAGES, 5))])
-def test_counts_and_lists_are_the_same_after_a_stop(tmp_path, broken: list[int]):
+def test_counts_and_lists_are_the_same_after_a_stop(tmp_path, broken: list[int], figure):
     [gone] = order(range(60, 61))
     while gone in broken:
         gone += 1
@@ -269,10 +280,13 @@ def test_counts_and_lists_are_the_same_after_a_stop(tmp_path, broken: list[int])
     assert len(listed(tmp_path / "whole")) > 3
     assert counted(tmp_path / "stopped") == counted(tmp_path / "whole")
     assert counted(tmp_path / "whole") == {"broken/truncated": len(listed(tmp_path / "whole"))}
+    number = len(listed(tmp_path / "whole"))
+    figure(f"stopped and torn: {number} of {number} readings of {len(broken)} broken images counted and listed once")
 
 
+@pytest.mark.fault(row="11")
 @pytest.mark.parametrize("broken", [[3, 11, 30], list(range(0, NUM_IMAGES, 5))])
-def test_the_log_counts_the_broken_images_of_all_ranks(tmp_path, broken: list[int]):
+def test_the_log_counts_the_broken_images_of_all_ranks(tmp_path, broken: list[int], figure):
     distant(tmp_path / "one", broken=broken)
     run_ranks(lambda rank: distant(tmp_path / "two", broken=broken, train_options={"batch_size": 4}))
     assert counted(tmp_path / "two") == counted(tmp_path / "one")
@@ -280,6 +294,7 @@ def test_the_log_counts_the_broken_images_of_all_ranks(tmp_path, broken: list[in
     rows = find_latest(tmp_path / "two" / "tiny" / "checkpoints").state["reading"]
     assert len(rows) == 2
     assert sum(row["broken/truncated"] for row in rows) == len(listed(tmp_path / "one"))
+    figure(f"2 ranks: the log and the lists hold {len(listed(tmp_path / 'two'))}, as with one")
 
 
 def test_counts_survive_a_change_of_the_number_of_ranks(tmp_path):
