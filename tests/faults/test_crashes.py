@@ -645,7 +645,7 @@ def _kill_at_byte(number: int) -> faulty.Fault:
     return install
 
 
-@pytest.mark.fault(row="kill -9 of export")
+@pytest.mark.fault(row="j")
 @pytest.mark.parametrize(("to", "suffix"), [("timm", ".safetensors"), ("official", ".pth")])
 def test_export_is_killed(run, tmp_path: Path, to: str, suffix: str, figure) -> None:
     """At every operation on a file, and in the middle of writing: into an empty folder and over an older export."""
