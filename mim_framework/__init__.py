@@ -34,7 +34,7 @@ _HOME = {
     "training.trainer": ["Trainer", "train"],
     "convert.importing": ["import_checkpoint"],
     "features.encoder": ["FrozenEncoder", "load"],
-    "contract.evaluation": ["Estimate", "Evaluation", "Features", "Subject", "check_features"],
+    "contract.evaluation": ["Estimate", "Evaluation", "Features", "Method", "Subject", "check_features"],
     "builtins.objectives": ["MaskedPrediction"],
     "builtins.vit": ["ViTSizes", "MaskTokenViT", "BEiTViT"],
     "nn.images": ["Renormalize"],

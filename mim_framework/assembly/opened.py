@@ -13,27 +13,52 @@ import torch
 from torch import nn
 
 from mim_framework.assembly.builder import Builder, Model, build_model, build_source
+from mim_framework.assembly.length import run_length
 from mim_framework.assembly.weights import adopted, load_tensors, named_part, some
 from mim_framework.base.errors import CheckpointError, MimError, PluginError, RecipeError
+from mim_framework.base.schedule import epoch_of
 from mim_framework.base.text import plain_logger
 from mim_framework.checkpoints.checkpoint import Checkpoint, find_latest, load, load_weights
 from mim_framework.contract.components import Encoder, Source, ViewBuilder
+from mim_framework.contract.evaluation import Method
 from mim_framework.evaluate.cache import weights_hash
 from mim_framework.recipe.draft import load_written
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.installed import BUILTINS
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.launch import choose_device
+from mim_framework.runtime.metrics import METRICS, read_metrics
 
 logger = plain_logger(__name__)
 
 
 @dataclass
 class LoadedRun(Model):
-    """A finished or stopped run: its model on `device`, and its data."""
+    """A finished or stopped run: its model on `device`, its data, and the `steps` after which it was saved."""
 
+    dir: Path
     source: Source
     device: torch.device
+    steps: int
+
+    def method(self) -> Method:
+        """What evaluations may ask of the method, where the checkpoint stands."""
+        recipe, engine = self.recipe, self.engine(self.device)
+        steps_per_epoch, total = run_length(recipe, len(self.source))
+        index = max(0, self.steps - 1)
+        where = {
+            "index": index, "total": total, "epoch": epoch_of(index, steps_per_epoch),
+            "epochs": recipe.train.epochs or total / steps_per_epoch, "steps_per_epoch": steps_per_epoch,
+            "phase": recipe.phase_names()[0],
+        }  # fmt: skip
+        return Method(
+            self.objective,
+            step=lambda positions: engine.step(seed=recipe.seed, positions=positions, **where),
+            begin=engine.begin,
+            teachers=dict(self.teachers.teachers.items()),
+            beside=frozenset(companion.spec.name for companion in self.companions),
+            history=lambda: read_metrics(self.dir) if (self.dir / METRICS).is_file() else [],
+        )
 
 
 @dataclass(frozen=True)
@@ -111,8 +136,9 @@ def load_run(run_dir: Path, *, checkpoint: Path | None = None, registry: Registr
     source = build_source(recipe, registry)
     model.to(device)
     return LoadedRun(
-        recipe, model.views, model.objective, model.teachers, model.specs, model.companions, source, device
-    )
+        recipe, model.views, model.objective, model.teachers, model.specs, model.companions, run_dir, source, device,
+        found.step,
+    )  # fmt: skip
 
 
 def load_encoder(run_dir: Path, *, checkpoint: Path | None = None, registry: Registry | None = None) -> LoadedEncoder:

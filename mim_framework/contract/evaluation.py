@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim_framework.base.section import Section
-from mim_framework.contract.components import Encoder, Source, ViewBuilder
-from mim_framework.contract.records import Ask
+from mim_framework.contract.components import Encoder, Objective, Source, ViewBuilder
+from mim_framework.contract.records import Ask, Views
 from mim_framework.contract.specs import EncoderSpec
+from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
 
 Split = Literal["train", "test"]
@@ -62,13 +63,36 @@ class Estimate(float):
         return float(self), self.low, self.high
 
 
+@dataclass(frozen=True, eq=False)
+class Method:
+    """The method by which a subject's encoder is trained, for what is measured with more than its features.
+
+    `teachers`: networks that training does not change by gradients, by name. `beside`: what travels beside the images
+    of training and is in no other batch, such as labels. `history`: the lines of the run's metrics so far.
+    """
+
+    objective: Objective
+    step: Callable[[Tensor], Step]
+    """Positions (B,) -> a step where the run stands; what is drawn follows from the positions."""
+    begin: Callable[[Step, dict[str, Tensor]], Views]
+    """A batch on the device, before `prepare` -> what the components see, which are told that a step begins."""
+    teachers: Mapping[str, nn.Module] = field(default_factory=dict)
+    beside: frozenset[str] = frozenset()
+    history: Callable[[], list[dict[str, Any]]] = list
+
+
 class Subject(Protocol):
-    """An encoder that is judged, with images: what an evaluation is given."""
+    """An encoder that is judged, with images: what an evaluation is given.
+
+    `workers`: processes that read images. `method`: None where only the encoder is there.
+    """
 
     encoder: Encoder
     views: ViewBuilder
     world: World
     device: torch.device
+    workers: int
+    method: Method | None
 
     @property
     def spec(self) -> EncoderSpec:

@@ -6,6 +6,7 @@ from mim_framework.contract.hooks import hookimpl
 from mim_framework.evaluate.accuracy import Accuracy
 from mim_framework.evaluate.attentive import Attentive
 from mim_framework.evaluate.few_shot import FewShot
+from mim_framework.evaluate.health import Health
 from mim_framework.evaluate.knn import KNN
 from mim_framework.evaluate.linear import Linear
 from mim_framework.evaluate.segment import Segment
@@ -13,4 +14,4 @@ from mim_framework.evaluate.segment import Segment
 
 @hookimpl
 def mim_evaluations():
-    return [KNN, FewShot, Linear, Attentive, Segment, Accuracy]
+    return [KNN, FewShot, Linear, Attentive, Segment, Accuracy, Health]

@@ -16,7 +16,7 @@ from mim_framework.base import rng
 from mim_framework.base.errors import DataError
 from mim_framework.base.text import plain_logger
 from mim_framework.contract.components import Encoder, Objective, Source, ViewBuilder
-from mim_framework.contract.evaluation import Features, Pool, Split, check_features
+from mim_framework.contract.evaluation import Features, Method, Pool, Split, check_features
 from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Views
 from mim_framework.contract.specs import EncoderSpec
@@ -64,6 +64,7 @@ class EncoderSubject:
         precision: entered around forward passes, for autocast, or to gather sharded weights.
         objective: what trains the encoder, which may classify images.
         cache: where features are looked for, and kept; for one rank only.
+        method: that by which the encoder is trained, if it is there.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class EncoderSubject:
         precision: Callable[[], AbstractContextManager[None]] = nullcontext,
         objective: Objective | None = None,
         cache: FeatureCache | None = None,
+        method: Method | None = None,
     ) -> None:
-        self.encoder, self.views, self.splits, self.objective = encoder, views, splits, objective
+        self.encoder, self.views, self.splits = encoder, views, splits
+        self.objective, self.method = objective, method
         self.device, self.world = device, world
         self.workers, self.batch_size, self.precision = workers, batch_size, precision
         assert cache is None or world.size == 1
@@ -293,7 +296,8 @@ class PixelSubject:
     def __init__(self, subject: EncoderSubject) -> None:
         self._subject = subject
         self.encoder, self.views = subject.encoder, subject.views
-        self.world, self.device = subject.world, subject.device
+        self.world, self.device, self.workers = subject.world, subject.device, subject.workers
+        self.method: Method | None = None  # pixels were not trained
         self.asked: dict[Asked, None] = {}
 
     @property

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = plain_logger(__name__)
 
+METRICS = "metrics.jsonl"
+"""Name of the file of metrics in a run directory."""
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -60,7 +62,7 @@ class MetricsWriter:
             MimError: if the file cannot be written.
         """
         self.run_dir = run_dir
-        self.path = run_dir / "metrics.jsonl"
+        self.path = run_dir / METRICS
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             _drop_lines_after(resume_step, self.path)
@@ -154,7 +156,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         MimError: if there is no such file.
     """
-    path = path / "metrics.jsonl" if path.is_dir() else path
+    path = path / METRICS if path.is_dir() else path
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:

@@ -10,13 +10,16 @@ import torch
 
 from mim_framework.base.errors import DataError
 from mim_framework.contract.components import Encoder, Objective, ViewBuilder
-from mim_framework.contract.evaluation import Evaluation
+from mim_framework.contract.evaluation import Evaluation, Method
 from mim_framework.contract.world import World
 from mim_framework.evaluate.base import EncoderSubject
 from mim_framework.evaluate.measure import Layers, measure
 from mim_framework.evaluate.splits import Splits
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
+
+MAX_SHOWN = 8
+"""Numbers of an evaluation on a line of the console."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Evaluations:
         encoder: what is judged; None if the objective has none, so that nothing is measured.
         precision: entered around forward passes, for autocast and to gather sharded weights.
         objective: what trains the encoder, which may classify images itself.
+        method: after so many steps, the method by which the encoder is trained.
     """
 
     def __init__(
@@ -59,10 +63,11 @@ class Evaluations:
         workers: int = 0,
         precision: Callable[[], AbstractContextManager[None]] = nullcontext,
         objective: Objective | None = None,
+        method: Callable[[int], Method | None] = lambda done: None,
     ) -> None:
         self.plan, self.encoder, self.views, self.splits = plan, encoder, views, splits
         self.device, self.world, self.workers, self.precision = device, world, workers, precision
-        self.objective = objective
+        self.objective, self.method = objective, method
         self._left_out: set[str] = set()
 
     def run_due(
@@ -86,11 +91,7 @@ class Evaluations:
         if self.encoder is None or not now:
             return {}
         found: dict[str, float] = {}
-        subject = EncoderSubject(
-            self.encoder, self.views, self.splits, device=self.device, world=self.world, workers=self.workers,
-            batch_size=min(each.forward_batch_size for each in now), precision=self.precision,
-            objective=self.objective,
-        )  # fmt: skip
+        subject = self.subject(done, min(each.forward_batch_size for each in now))
         for each in now:
             name = each.evaluation.name
             try:
@@ -101,8 +102,22 @@ class Evaluations:
             named = {f"{name}_{key}": value for key, value in numbers.items()}
             log(done, named)
             found |= named
-            note(f"step {done}: {name} {', '.join(f'{key} {value:.4g}' for key, value in numbers.items())}")
+            note(f"step {done}: {name} {in_short(numbers)}")
         return found
+
+    def subject(self, done: int, batch_size: int) -> EncoderSubject:
+        """What evaluations are given, `done` steps into the run.
+
+        Raises:
+            ValueError: if the objective has no encoder.
+        """
+        if self.encoder is None:
+            raise ValueError("the objective has no part `encoder`")
+        return EncoderSubject(
+            self.encoder, self.views, self.splits, device=self.device, world=self.world, workers=self.workers,
+            batch_size=batch_size, precision=self.precision, objective=self.objective,
+            method=self.method(done),
+        )  # fmt: skip
 
     def _possible(self, evaluation: Evaluation, note: Callable[[str], None]) -> bool:
         """Whether there is what an evaluation needs; what is missing is told once."""
@@ -111,3 +126,10 @@ class Evaluations:
             self._left_out.add(evaluation.name)
             note(f"evaluation '{evaluation.name}' is left out: {lacking}")
         return not lacking
+
+
+def in_short(numbers: dict[str, float]) -> str:
+    """Numbers for one line on the console; of many the first ones, and where the others are."""
+    shown = [f"{key} {value:.4g}" for key, value in list(numbers.items())[:MAX_SHOWN]]
+    more = len(numbers) - len(shown)
+    return ", ".join(shown) + (f" and {more} more in metrics.jsonl" if more else "")

@@ -122,7 +122,7 @@ class Trainer:
         self.evaluations = Evaluations(
             planned(run.recipe, registry), self.objective.encoder, run.model.views, splits,
             device=run.device, world=run.world, workers=run.recipe.data.num_workers, precision=self._outside_a_step,
-            objective=self.objective,
+            objective=self.objective, method=run.method,
         )  # fmt: skip
         self.watch, self.explosions = Watch(run.recipe), Explosions(run.dir)
         self.best = Best(run.recipe.checkpoint.keep_best, run.dir)
