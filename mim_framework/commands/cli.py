@@ -399,8 +399,11 @@ def doctor(ctx: click.Context) -> None:
 @click.option("--checkpoint", metavar="all|STEP", help="Which checkpoints of the runs, in the place of the newest.")
 @click.option("--cache", type=LocalPath(path_type=Path, file_okay=False), help="Folder that keeps features.")
 @click.option("--json", "as_json", is_flag=True, help="Print records instead of tables.")
+@click.option("--report", "page", is_flag=True, help="Judge health in words, with report.html in the run directory.")
 @click.pass_obj
-def evaluate(settings: Settings, names: str, subjects: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def evaluate(
+    settings: Settings, names: str, subjects: tuple[str, ...], as_json: bool, page: bool, **options: Any
+) -> None:
     """What encoders are worth by evaluations such as knn: raw pixels, untrained encoder, trained encoder.
 
     SUBJECT is a run, a checkpoint folder inside one, a folder of `mim import`, a file of `mim export`, timm:NAME,
@@ -412,6 +415,18 @@ def evaluate(settings: Settings, names: str, subjects: tuple[str, ...], as_json:
     judged = [each for each in subjects if each not in changes]
     if not judged:
         raise click.UsageError("name a SUBJECT, for example a run directory")
+    if page:
+        if names != "health":
+            raise click.UsageError(
+                f"--report is for health alone, not for {names}; name the others in a command of theirs"
+            )
+        if given := ["--json"] * as_json + [f"--{name}" for name, value in options.items() if value is not None]:
+            raise click.UsageError(f"--report takes a run as it is; leave {', '.join(given)} out")
+        from mim_framework.commands.health import lines, report_health
+
+        for run_dir in map(Path, judged):
+            say("\n".join(lines(run_dir, report_health(run_dir, changes, settings.registry))))
+        return
     from mim_framework.commands.evaluate import report
 
     for line in report(names.split(","), judged, changes, settings.registry, as_json=as_json, **options):

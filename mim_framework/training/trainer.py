@@ -21,11 +21,13 @@ from mim_framework.assembly.builder import build_optimizers
 from mim_framework.assembly.doubts import doubts
 from mim_framework.assembly.splits import evaluation_splits
 from mim_framework.base import rng
-from mim_framework.base.errors import DataError, TrainingError, Unreachable
+from mim_framework.base.errors import DataError, MimError, TrainingError, Unreachable
 from mim_framework.checkpoints.checkpoint import Checkpoint
 from mim_framework.contract.components import Component
 from mim_framework.contract.world import World
 from mim_framework.data.loader import Batch, Loader
+from mim_framework.evaluate.health import Health
+from mim_framework.evaluate.health_report import NUM_IMAGES, write_report
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
@@ -37,6 +39,7 @@ from mim_framework.training.directory import prepare_directory, sole_run
 from mim_framework.training.evaluations import Evaluations, planned
 from mim_framework.training.explosion import Watch
 from mim_framework.training.explosions import Explosions, GoneBack, merged
+from mim_framework.training.health import training_of
 from mim_framework.training.listeners import Listeners
 from mim_framework.training.log import Log, counted_before
 from mim_framework.training.measured import History, Summary
@@ -376,6 +379,8 @@ class Trainer:
             self._draw(done)
         if last and run.world.is_main and (line := comparison(recipe, self._reached(), self.registry)) is not None:
             self.log.note(line)
+        if last:
+            self._report_health(done)
 
     def _evaluate(self, done: int, *, last: bool) -> bool:
         """Make the evaluations that are due; whether the number that decides about the best state was never higher."""
@@ -424,6 +429,21 @@ class Trainer:
         for path, module in self.objective.named_modules():
             for name, pixels in module.pictures().items() if isinstance(module, Component) else ():
                 self.log.metrics.image(f"{path or module.name}.{name}", as_picture(pixels), done)
+
+    def _report_health(self, done: int) -> None:
+        """Write the page on the run's health, where its recipe asks for the evaluation."""
+        run, wanted = self.run, any(isinstance(each.evaluation, Health) for each in self.evaluations.plan)
+        if not wanted or self.objective.encoder is None:
+            return
+        subject = self.evaluations.subject(done, NUM_IMAGES)
+        notes = [*run.model.notes, *doubts(run.recipe, self.registry, run.source, run.device)]
+        try:
+            judgement = write_report(subject, run.dir, None, training_of(run.recipe, notes))
+        except MimError as error:  # a page is not worth a run
+            self.log.note(f"no report: {error}")
+            return
+        if judgement is not None:
+            self.log.note(f"health: {judgement.diagnosis}. {judgement.sentence} See {run.dir / 'report.html'}")
 
     def _saved(self, path: Path) -> None:
         self.listeners.tell("mim_checkpoint_saved", path=path)

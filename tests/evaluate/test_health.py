@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from tiny import RECIPE
 from torch import Tensor
 
 from mim_framework.assembly.opened import load_run
 from mim_framework.assembly.splits import evaluation_splits
 from mim_framework.base.errors import DataError
+from mim_framework.commands.cli import main
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Pred
 from mim_framework.contract.specs import TargetSpec
@@ -22,6 +24,8 @@ from mim_framework.contract.world import World
 from mim_framework.evaluate.base import EncoderSubject
 from mim_framework.evaluate.health import Health, fitted, gradient_norms
 from mim_framework.evaluate.health_loss import Constant
+from mim_framework.evaluate.health_pictures import attention_map, token_colours
+from mim_framework.evaluate.health_report import MEANINGS
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import read_metrics
@@ -205,6 +209,20 @@ def test_many_numbers_are_not_all_put_on_the_console():
     assert in_short({f"n{i}": i for i in range(10)}).endswith("n7 7 and 2 more in metrics.jsonl")
 
 
+def test_tokens_that_differ_in_one_direction_are_of_two_colours():
+    tokens = torch.tensor([[[0.0, 0.0], [0.0, 5.0]], [[0.0, 5.0], [0.0, 0.0]]])
+    colours = token_colours(tokens)
+    assert colours.shape == (2, 2, 3)
+    assert colours[..., 0].tolist() == [[0, 1], [1, 0]]
+    assert colours[..., 1:].unique().tolist() == [0]
+
+
+def test_where_attention_looks_is_that_of_the_class_token_if_there_is_one():
+    attention = torch.tensor([[[[0.0, 0.2, 0.8], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]]])
+    assert attention_map(attention, 1).tolist() == [[pytest.approx(0.25), 1]]
+    assert attention_map(attention, 0)[0].tolist() == pytest.approx([0, 1, 0.8 / 2.2])
+
+
 # --- in a run, and after it ------------------------------------------------------------------------------------------
 
 OPTIONS = {"max_images": 40, "lidar_images": 6, "lidar_views": 3, "token_images": 8, "loss_images": 16}
@@ -220,7 +238,7 @@ def trained(tmp_path_factory):
     return train(load_recipe(folder / "tiny.yaml", [], registry), registry)
 
 
-def test_a_run_logs_its_health(trained):
+def test_a_run_logs_its_health_and_leaves_a_report(trained):
     first, line = [line for line in read_metrics(trained) if "health_rankme" in line]
     assert (first["step"], line["step"]) == (1, 2)
     assert any(b"health_rankme" in file.read_bytes() for file in (trained / "tensorboard").iterdir())
@@ -228,3 +246,42 @@ def test_a_run_logs_its_health(trained):
     assert line["health_norms_at_start/encoder"] == 0
     assert 0.9 < line["health_attention_entropy/0"] <= 1
     assert line.keys() >= {f"health_{name}" for name in ("rankme", "lidar", "loss", "trivial_loss", "position_loss")}
+    names = {name.removeprefix("health_").split("/")[0] for name in line if name.startswith("health_")}
+    assert names <= MEANINGS.keys()
+    page = (trained / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "<svg" in page
+    text = (trained / "report.md").read_text()
+    files = re.findall(r"\]\((report/[^)]+)\)", text)
+    assert len(files) > 8
+    assert all((trained / file).stat().st_size > 100 for file in files)
+
+
+def test_the_report_of_a_finished_run_has_the_numbers_of_its_end(trained):
+    before = (trained / "report.md").read_text()
+    (trained / "report.md").unlink()
+    result = CliRunner().invoke(main, ["eval", "health", str(trained), "--report"])
+    assert result.exit_code == 0, result.output
+    assert f"report: {trained}/report.html" in result.output
+    after = (trained / "report.md").read_text()
+
+    def numbers(text: str) -> dict[str, float]:
+        return {name: float(value) for name, value in re.findall(r"^\| (\S+) \| ([-+.e\d]+) \|", text, re.MULTILINE)}
+
+    assert len(numbers(before)) > 30
+    assert numbers(after) == {name: pytest.approx(value, rel=2e-3) for name, value in numbers(before).items()}
+
+
+def test_wrong_use_of_the_report_is_told(trained, tmp_path):
+    result = CliRunner().invoke(main, ["eval", "knn", str(trained), "--report"])
+    assert result.exit_code == 2
+    assert "--report is for health alone, not for knn" in result.output
+    result = CliRunner().invoke(main, ["eval", "health", str(trained), "--report", "--json", "--checkpoint", "all"])
+    assert result.exit_code == 2
+    assert "--report takes a run as it is; leave --json, --checkpoint out" in result.output
+    result = CliRunner().invoke(main, ["eval", "health", str(tmp_path), "--report"])
+    assert result.exit_code == 1
+    assert "is no run directory: it has no recipe.yaml" in result.output
+    result = CliRunner().invoke(main, ["eval", "health", str(trained), "health.pool=max", "--report"])
+    assert result.exit_code == 1
+    assert "pool" in result.output
