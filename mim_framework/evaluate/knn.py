@@ -11,9 +11,12 @@ from torch.nn.functional import normalize
 
 from mim_framework.base.errors import DataError
 from mim_framework.base.section import Section
+from mim_framework.base.text import plain_logger
 from mim_framework.contract.evaluation import Evaluation, Subject, check_features
 from mim_framework.contract.specs import EncoderSpec
 from mim_framework.evaluate.labelled import labelled_features, top_shares
+
+logger = plain_logger(__name__)
 
 _SIMILARITIES_AT_ONCE = 2**24
 
@@ -30,7 +33,8 @@ class KNN(Evaluation):
 
     class Config(Section):
         k: Neighbours | Annotated[tuple[Neighbours, ...], Field(min_length=1)] = 20
-        """Neighbours that vote: a number, or several at once, such as [10, 20, 100, 200]."""
+        """Neighbours that vote: a number, or several at once, such as [10, 20, 100, 200]. The default 20 becomes the number
+        of train images where they are fewer, and says so; a number that was asked for must be there."""
         temperature: float = Field(0.07, ge=0.0125)
         """A neighbour votes with the weight exp(cosine similarity / temperature), a float32 down to 0.0125."""
         pool: Literal["mean", "cls"] = "mean"
@@ -48,9 +52,8 @@ class KNN(Evaluation):
     @torch.no_grad()
     def __call__(self, subject: Subject) -> dict[str, float]:
         c = self.config
-        ks = (c.k,) if isinstance(c.k, int) else tuple(dict.fromkeys(c.k))
         data = labelled_features(subject, pool=c.pool, max_train=c.max_train, max_test=c.max_test)
-        check_enough(max(ks), len(data.train.y))
+        ks = self._neighbours(len(data.train.y), say=subject.world.is_main)
         similarity, neighbours = nearest(data.train.x, data.test.x, max(ks))
         numbers = {}
         for k in ks:
@@ -58,6 +61,16 @@ class KNN(Evaluation):
             shares = top_shares(votes.masked_fill(votes == 0, -float("inf")), data.test.y)
             numbers |= {name if isinstance(c.k, int) else f"{name}_k{k}": share for name, share in shares.items()}
         return numbers
+
+    def _neighbours(self, num_train: int, *, say: bool) -> tuple[int, ...]:
+        c = self.config
+        if "k" not in c.model_fields_set and isinstance(c.k, int) and c.k > num_train:
+            if say:
+                logger.warning(f"knn: k is {c.k} by default, but there are {num_train} labelled train images; all vote")
+            return (num_train,)
+        ks = (c.k,) if isinstance(c.k, int) else tuple(dict.fromkeys(c.k))
+        check_enough(max(ks), num_train)
+        return ks
 
 
 def check_enough(k: int, num_train: int) -> None:

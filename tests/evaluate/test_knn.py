@@ -14,6 +14,7 @@ from mim_framework.base.errors import DataError
 from mim_framework.contract.evaluation import Features
 from mim_framework.contract.mask import Grid
 from mim_framework.contract.specs import EncoderSpec
+from mim_framework.contract.world import World
 from mim_framework.evaluate import knn
 from mim_framework.evaluate.knn import KNN, knn_predict
 
@@ -61,7 +62,9 @@ def test_neighbours_are_found_in_full_precision_under_autocast():
 def numbers_of(train: Features, test: Features, *, classes=None, test_classes=None, **options) -> dict[str, float]:
     of_split = {"train": train, "test": test}
     sources = {"train": SimpleNamespace(classes=classes), "test": SimpleNamespace(classes=test_classes or classes)}
-    subject = SimpleNamespace(features=lambda split, **asked: of_split[split], source=sources.__getitem__)
+    subject = SimpleNamespace(
+        features=lambda split, **asked: of_split[split], source=sources.__getitem__, world=World()
+    )
     return KNN(KNN.Config(**options))(subject)
 
 
@@ -108,7 +111,7 @@ ONE_CLASS = features((1.0, 0.0), y=[1])
 @pytest.mark.parametrize(
     ("train", "test", "options", "text"),
     [
-        (EYE, EYE, {}, "k is 20, but there are 2 labelled train images; use k=2 or less"),
+        (EYE, EYE, {"k": 20}, "k is 20, but there are 2 labelled train images; use k=2 or less"),
         (EYE, EYE, {"k": [1, 3]}, "k is 3, but there are 2 labelled train images"),
         (ONE_CLASS, EYE, {}, "all labelled train images are of one class, 1; at least two"),
         (ONE_CLASS, EYE, {"classes": ["cat", "dog"]}, "are of one class, 'dog'; at least two are needed"),
@@ -120,6 +123,11 @@ ONE_CLASS = features((1.0, 0.0), y=[1])
 def test_what_cannot_be_judged_is_told(train, test, options, text):
     with pytest.raises(DataError, match=re.escape(text)):
         numbers_of(train, test, **options)
+
+
+def test_of_fewer_images_than_the_default_k_all_vote_and_that_is_said(caplog):
+    assert numbers_of(EYE, EYE) == numbers_of(EYE, EYE, k=2)
+    assert caplog.messages == ["knn: k is 20 by default, but there are 2 labelled train images; all vote"]
 
 
 def test_a_class_token_that_is_not_there_is_a_clear_error():
