@@ -155,8 +155,8 @@ def parameters_of_final_norm(encoder: Encoder) -> set[str]:
     spec = encoder.spec
     with torch.enable_grad():
         device = named[0][1].device if named else None
-        out = encoder.final_norm(torch.ones(1, spec.num_prefix_tokens + 1, spec.dim, device=device))
+        out = encoder.final_norm(torch.ones(1, spec.num_prefix_tokens + 1, spec.dim, device=device)).sum()
     if not out.requires_grad:
         return set()
-    found = torch.autograd.grad(out.sum(), [parameter for _, parameter in named], allow_unused=True)
+    found = torch.autograd.grad(out, [parameter for _, parameter in named], allow_unused=True)
     return {name for (name, _), gradient in zip(named, found, strict=True) if gradient is not None}

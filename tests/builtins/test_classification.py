@@ -54,6 +54,8 @@ def test_what_no_loss_reaches_is_frozen(tmp_path: Path):
     kept = model(tmp_path, decoder={"type": "classifier", "pool": "cls"})
     assert {name for name, _ in kept.objective.named_parameters()} - trained(kept) == {"encoder.mask_token"}
     preflight(kept, torch.device("cpu"))
+    with torch.no_grad():
+        assert trained(model(tmp_path)) == names - left_out
 
 
 def test_frozen_blocks_have_no_drop_path_and_keep_no_activations(tmp_path: Path):
