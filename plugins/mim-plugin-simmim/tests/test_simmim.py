@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from mim_plugin_simmim import SimMIMViT, SwinEncoder, SwinV2Encoder
+from safetensors.torch import save_file
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -346,11 +347,23 @@ def test_reconstructions_show_predictions_where_cells_are_hidden(cls: type[Encod
         assert masked.shape == image.shape
 
 
+PROTOCOLS = {
+    "simmim_finetune": 5e-3,
+    "simmim_finetune_swin_large": 5e-3,
+    "simmim_finetune_vit_base": 5e-3,
+    "simmim_linear": 1.6,
+}
+
+
 def test_the_shipped_recipes_are_valid_and_have_the_official_rates():
     registry = Registry()
     peaks = {"simmim": 8e-4, "simmim_swin_base_800e": 4e-4, "simmim_swin_large": 4e-4, "simmim_vit_base": 4e-4}
     names = {info.name for info in registry.recipes() if info.plugin == "simmim"}
-    assert names == {*peaks, "simmim_quickstart", "simmim_vit_quickstart"}
+    assert names == {*peaks, *PROTOCOLS, "simmim_quickstart", "simmim_vit_quickstart"}
+    for name, peak in PROTOCOLS.items():
+        recipe = load_recipe(name, registry=registry)
+        assert recipe.optim.peak_lr(recipe.train.total_batch_size) == pytest.approx(peak)
+        assert recipe.objective.type == "classify"
     for name, peak in peaks.items():
         recipe = load_recipe(name, registry=registry)
         curve = recipe.optim.lr_curve(recipe.train.total_batch_size)
@@ -404,3 +417,34 @@ def test_specs_of_other_slots_fit(mask: Mask):
     with pytest.raises(Exception, match="masker 'random' and encoder 'simmim_swin' do not fit.*hidden in part"):
         build_model(recipe_with({"type": "simmim_swin", **SWIN}, masker=masker), Registry())
     assert replace(mask, equal=False).at(Grid((16, 16))).hidden.sum() == 2 * 3 * 64
+
+
+def test_what_is_fine_tuned_has_the_size_of_the_published_models():
+    """Parameters that train, of models with 1000 classes: those of timm's `swin_base_patch4_window7_224` and
+    `beit_base_patch16_224`."""
+    for name, count in (("simmim_finetune", 87_768_224), ("simmim_finetune_vit_base", 86_530_984)):
+        changes = ["data.source=digits", "data.eval_source=null"]
+        with torch.device("meta"):
+            objective = build_model(load_recipe(name, changes, Registry()), Registry()).objective
+        of_classes = (1000 - 10) * (objective.encoder.spec.dim + 1)
+        assert sum(p.numel() for p in objective.parameters() if p.requires_grad) + of_classes == count
+
+
+@torch.no_grad()
+def test_fine_tuning_of_the_vit_begins_where_pre_training_ended(tmp_path: Path, images: Tensor):
+    """The table that all blocks shared is in each of them; what follows the last block is new."""
+    before = build_model(recipe_with({"type": "simmim_vit", **VIT}), Registry()).objective
+    perturbed(before.encoder)
+    save_file({name: tensor.contiguous() for name, tensor in before.state_dict().items()}, tmp_path / "run.safetensors")
+    sizes = [f"encoder.{key}={value}" for key, value in {**VIT, "drop_path_rate": 0}.items()]
+    changes = [f"views.img_size={IMAGE}", "data.source=digits", "data.eval_source=null"]
+    recipe = load_recipe("simmim_finetune_vit_base", [*sizes, *changes, f"init={tmp_path}/run.safetensors"], Registry())
+    after = build_model(recipe, Registry()).objective
+    seen = [
+        objective.encoder(images, Mask.none(2, objective.encoder.spec.grid), Ask(layers=frozenset({1}))).layers[1]
+        for objective in (before, after)
+    ]
+    assert torch.equal(*seen)
+    decoder = after.heads["main"].decoder
+    assert decoder.fc_norm.weight.eq(1).all()
+    assert decoder.head.weight.std() < 1e-4
