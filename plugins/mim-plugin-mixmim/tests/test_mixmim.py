@@ -734,11 +734,18 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
+PROTOCOLS = {"mixmim_finetune": 2e-3, "mixmim_finetune_large": 4e-3, "mixmim_linear": 1.6}
+
+
 def test_the_shipped_recipes_are_valid_and_have_the_official_rate():
     registry = Registry()
     names = {info.name for info in registry.recipes() if info.plugin == "mixmim"}
-    assert names == {"mixmim_quickstart", "mixmim", "mixmim_large"}
-    for name in names - {"mixmim_quickstart"}:
+    assert names == {"mixmim_quickstart", "mixmim", "mixmim_large", *PROTOCOLS}
+    for name, rate in PROTOCOLS.items():
+        recipe = load_recipe(name, registry=registry)
+        assert recipe.optim.peak_lr(recipe.train.total_batch_size) == pytest.approx(rate)
+        assert recipe.objective.type == "classify"
+    for name in names - {"mixmim_quickstart", *PROTOCOLS}:
         recipe = load_recipe(name, registry=registry)
         assert recipe.optim.peak_lr(recipe.train.total_batch_size) == pytest.approx(1.2e-3)
         assert recipe.optim.betas == (0.9, 0.95)
