@@ -433,7 +433,12 @@ def test_the_levels_of_the_published_models_are_known():
 def test_the_shipped_recipes_have_the_official_rates_and_levels():
     registry = Registry()
     names = {info.name for info in registry.recipes() if info.plugin == "mff"}
-    assert names == {"mff", "mff_800e", "mff_simmim_vit", "mff_quickstart"}
+    protocols = {"mff_finetune": 2e-3, "mff_linear": 6.4}
+    assert names == {"mff", "mff_800e", "mff_simmim_vit", "mff_quickstart", *protocols}
+    for name, rate in protocols.items():
+        recipe = load_recipe(name, registry=registry)
+        assert recipe.optim.peak_lr(recipe.train.total_batch_size) == pytest.approx(rate)
+        assert (recipe.objective.type, recipe.encoder.type) == ("classify", "mae_vit")
     for name, epochs, factor in (("mff", 300, 1e-4), ("mff_800e", 800, 1e-9)):
         recipe = load_recipe(name, registry=registry)
         assert recipe.train.epochs == epochs
