@@ -30,11 +30,14 @@ TABLES = ("pos_embed", "relative_position_bias_table")
 ENCODERS: dict[str, dict[str, Any]] = {
     "mae_vit": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
     "simmim_swin": {"embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4},
+    "maskfeat_vit": {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2},
     "mixmim_swin": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": [4, 4, 4, 2]},
     "simmim_vit": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
 }
 """Small sizes, to be trained in a test."""
 BEFORE = {
+    "maskfeat": ["masker.min_num_patches=1"],
+    "maskfeat_vit_large": ["masker.min_num_patches=1"],
     "simmim": ["encoder.window_size=2"],
     "simmim_swin_large": ["encoder.window_size=2"],
     "mae": ["decoder.depth=1"],
@@ -42,7 +45,7 @@ BEFORE = {
     "mff": ["decoder.depth=1", "objective.layers=[0, 1]"],
     "mixmim": ["encoder.window_size=[2, 4, 4, 2]"],
 }
-"""What a pre-training has otherwise: smaller windows, whose tables of biases are resized, and less depth."""
+"""What a pre-training has otherwise: smaller windows, whose tables of biases are resized, less depth."""
 SMALL = [name for name in PROTOCOLS if load_recipe(name, [], Registry()).encoder.type in ENCODERS]
 
 

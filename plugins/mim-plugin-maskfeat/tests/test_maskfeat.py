@@ -560,8 +560,13 @@ def test_timms_layout_is_read_with_the_slots_of_its_run_only():
 def test_the_shipped_recipes_are_valid_and_have_the_official_rate():
     registry = Registry()
     names = {info.name for info in registry.recipes() if info.plugin == "maskfeat"}
-    assert names == {"maskfeat", "maskfeat_vit_large", "maskfeat_mvit_small", "maskfeat_quickstart"}
-    for name in names - {"maskfeat_quickstart"}:
+    protocols = {"maskfeat_finetune": 2e-3, "maskfeat_finetune_vit_large": 1e-3, "maskfeat_linear": 1.6}
+    assert names == {"maskfeat", "maskfeat_vit_large", "maskfeat_mvit_small", "maskfeat_quickstart", *protocols}
+    for name, rate in protocols.items():
+        recipe = load_recipe(name, registry=registry)
+        assert recipe.optim.peak_lr(recipe.train.total_batch_size) == pytest.approx(rate)
+        assert recipe.objective.type == "classify"
+    for name in names - {"maskfeat_quickstart", *protocols}:
         recipe = load_recipe(name, registry=registry)
         assert recipe.optim.peak_lr(recipe.train.total_batch_size) == pytest.approx(1.6e-3)
         assert recipe.optim.clip_grad_norm == 0.02
