@@ -33,8 +33,8 @@ class KNN(Evaluation):
 
     class Config(Section):
         k: Neighbours | Annotated[tuple[Neighbours, ...], Field(min_length=1)] = 20
-        """Neighbours that vote: a number, or several at once, such as [10, 20, 100, 200]. The default 20 becomes the number
-        of train images where they are fewer, and says so; a number that was asked for must be there."""
+        """Neighbours that vote: a number, or several at once, such as [10, 20, 100, 200]. Of fewer train images than
+        the default all vote, and that is said; a number that was asked for must be there."""
         temperature: float = Field(0.07, ge=0.0125)
         """A neighbour votes with the weight exp(cosine similarity / temperature), a float32 down to 0.0125."""
         pool: Literal["mean", "cls"] = "mean"
