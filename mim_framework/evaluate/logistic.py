@@ -68,6 +68,7 @@ def choose_and_fit(
     Args:
         held_out: (n,) bool, True for rows that the choice is made on, and that what is chosen from has not seen.
     """
+    x, basis = in_its_rank(x)
     learn_x, learn_y, choose_x, choose_y = x[~held_out], y[~held_out], x[held_out], y[held_out]
     best, best_right, current = grid[0], -1, None
     for c in sorted(grid):
@@ -75,7 +76,22 @@ def choose_and_fit(
         right = int((current(choose_x).argmax(1) == choose_y).sum())
         if right > best_right:
             best, best_right = c, right
-    return fit(x, y, c=best, num_classes=num_classes), best
+    found = fit(x, y, c=best, num_classes=num_classes)
+    return Classifier(found.weight @ basis.t(), found.bias), best
+
+
+def in_its_rank(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (n, D) -> coordinates (n, r) and an orthonormal basis (D, r) of what its r independent rows span, in float64.
+
+    The best weights lie there, since anything beside it adds to the penalty alone; images that were made larger, or are
+    fewer than their pixels, have far fewer such directions than columns. What is below the rounding of `x` is no direction.
+    """
+    rounding = torch.finfo(x.dtype).eps
+    x = x.detach().to(_float64_device(x.device), torch.float64)
+    _, values, basis = torch.linalg.svd(x, full_matrices=False)
+    rank = max(1, int((values > values[0] * rounding).sum()))
+    basis = basis[:rank].t()
+    return x @ basis, basis
 
 
 def _float64_device(device: torch.device) -> torch.device:

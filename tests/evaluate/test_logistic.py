@@ -7,7 +7,7 @@ import torch
 from blobs import blobs
 from torch.nn.functional import cross_entropy
 
-from mim_framework.evaluate.logistic import C_GRID, choose_and_fit, fit
+from mim_framework.evaluate.logistic import C_GRID, choose_and_fit, fit, in_its_rank
 
 
 @pytest.mark.parametrize("c", [1e-3, 1.0, 100.0])
@@ -53,3 +53,17 @@ def test_of_equal_penalties_the_strongest_is_chosen():
     data = blobs(20, spread=0.01)
     _, c = choose_and_fit(data.x, data.y, held_out=torch.arange(60) < 6, num_classes=3, grid=(10.0, 1.0, 100.0))
     assert c == 1.0
+
+
+def test_a_search_among_the_directions_that_images_span_ends_where_the_whole_one_does():
+    generator = torch.Generator().manual_seed(0)
+    few, y = torch.randn(40, 3, generator=generator), torch.arange(40) % 3
+    wide = few @ torch.randn(3, 50, generator=generator)
+    coordinates, basis = in_its_rank(wide)
+    assert (coordinates.shape, basis.shape) == ((40, 3), (50, 3))
+    torch.testing.assert_close(coordinates @ basis.t(), wide.double(), atol=1e-5, rtol=1e-5)  # float32 was rounded
+    found, c = choose_and_fit(wide, y, held_out=torch.arange(40) < 4, num_classes=3, grid=(0.1,))
+    whole = fit(wide, y, c=c, num_classes=3)
+    torch.testing.assert_close(found.weight, whole.weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.bias, whole.bias, atol=1e-5, rtol=1e-4)
+    assert in_its_rank(torch.zeros(4, 5))[0].shape == (4, 1)
