@@ -39,6 +39,8 @@ class Curve(AliasedSection):
     lag_steps: float = Field(0.0, ge=0)
     """Steps by which the value trails. 1 where the official loop sets it after a step from that step's own number, so
     that the first two steps share a value (SimMIM)."""
+    per_epoch: bool = False
+    """The value at the start of an epoch is that of all its steps (linear probes of DINO and BEiT)."""
 
     @model_validator(mode="after")
     def _complete(self) -> Curve:
@@ -80,6 +82,8 @@ def value_at(schedule: Curve | float, epoch: float, epochs: float, steps_per_epo
     if schedule.lag_steps and steps_per_epoch:
         index = round(epoch * steps_per_epoch, 6)
         epoch = epoch_of(max(0.0, index - schedule.lag_steps), steps_per_epoch)
+    if schedule.per_epoch:
+        epoch = math.floor(epoch)
     warmup = schedule.warmup_epochs
     if epoch < warmup:
         last = warmup - 1 / steps_per_epoch if schedule.warmup_inclusive and steps_per_epoch else warmup

@@ -64,6 +64,8 @@ class OptimSection(Section):
     lag_steps: float = Field(0.0, ge=0)
     """Steps by which the rate trails. 1 where the official loop sets it after a step from that step's own number, so
     that the first two steps share a rate (SimMIM)."""
+    per_epoch: bool = False
+    """The rate at the start of an epoch is that of all its steps (linear probes of DINO and BEiT)."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], ...] | None = None
     """Decay of the moments of Adam-like optimizers; the optimizer's own by default, (0.9, 0.999) for adamw."""
     eps: float | None = Field(None, gt=0)
@@ -125,6 +127,7 @@ class OptimSection(Section):
             counted_from=self.counted_from,
             warmup_inclusive=self.warmup_inclusive,
             lag_steps=self.lag_steps,
+            per_epoch=self.per_epoch,
         )
 
     def factors(self, name: str, layers_above: int = 0) -> tuple[float, float]:

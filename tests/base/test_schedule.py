@@ -83,6 +83,13 @@ def test_a_cosine_counted_from_the_start_jumps_down_after_its_warmup_by_hand():
     assert [value_at(curve, epoch, 4) for epoch in (0, 1, 2, 4)] == pytest.approx([0.0, 0.5, 0.5, 0.0])
 
 
+def test_a_schedule_of_epochs_stands_still_within_one_by_hand():
+    curve = Curve(shape="linear", start=1.0, end=0.0, per_epoch=True)
+    assert rates(curve, 3, 2) == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
+    warmed = Curve(shape="constant", start=1.0, warmup_epochs=2, per_epoch=True)
+    assert rates(warmed, 2, 3) == [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
+
+
 def test_without_the_length_of_an_epoch_steps_cannot_be_counted():
     curve = Curve(shape="linear", start=1.0, end=0.0, warmup_epochs=1, warmup_inclusive=True, lag_steps=1)
     assert value_at(curve, 0.5, 2) == 0.5
