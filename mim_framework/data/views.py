@@ -274,6 +274,9 @@ class ImageViews(ViewBuilder):
         all of it."""
         interpolation: Interpolation = "bicubic"
         """Filter of the resize, always with antialiasing: bicubic, bilinear or lanczos."""
+        eval_interpolation: Interpolation | None = None
+        """The filter for evaluations, where it is another one (bicubic after bilinear crops: linear probes of DINO and
+        BEiT); null for the same."""
         mean: Annotated[tuple[float, ...], Field(min_length=1)] = (0.485, 0.456, 0.406)
         """Mean of each channel that is subtracted, for pixels in [0, 1]. There are as many channels as numbers: one
         makes images grey, three RGB, another number must be that of the bands of every file."""
@@ -390,9 +393,10 @@ class ImageViews(ViewBuilder):
 
     def evaluation_view(self, sample: Sample) -> Tensor:
         c = self.config
+        filter = getattr(c, "eval_interpolation", None) or c.interpolation
         if getattr(c, "eval_view", "central_box") == "resize_crop":
-            return resized_then_cropped(self.open(sample), self.size, c.interpolation, c.eval_crop)
-        return resized_center_crop(self.open(sample), self.size, self.config.interpolation)
+            return resized_then_cropped(self.open(sample), self.size, filter, c.eval_crop)
+        return resized_center_crop(self.open(sample), self.size, filter)
 
     def to_image(self, view: Tensor) -> Tensor:
         scale, shift = self._scale_and_shift(view.device)

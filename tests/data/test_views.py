@@ -260,6 +260,21 @@ def test_the_evaluation_view_of_fine_tuning_is_that_of_torchvision(tmp_path, siz
     assert difference.abs().max() <= 1
 
 
+@pytest.mark.parametrize("eval_view", ["resize_crop", "central_box"])
+def test_evaluations_may_have_a_filter_of_their_own(tmp_path, eval_view):
+    picture = pil.fromarray((np.random.default_rng(0).random((40, 60, 3)) * 255).astype("uint8"))
+    picture.save(tmp_path / "a.png")
+    sample = Sample((tmp_path / "a.png").read_bytes(), "a.png")
+    seen = {
+        filters: ImageViews(
+            ImageViews.Config(img_size=14, eval_view=eval_view, interpolation=filters[0], eval_interpolation=filters[1])
+        ).evaluation_view(sample)
+        for filters in [("bilinear", "bicubic"), ("bicubic", None), ("bilinear", None)]
+    }
+    assert torch.equal(seen["bilinear", "bicubic"], seen["bicubic", None])
+    assert not torch.equal(seen["bilinear", None], seen["bicubic", None])
+
+
 def test_a_panorama_is_resized_in_part(tmp_path):
     pil.new("RGB", (4000, 4)).save(tmp_path / "a.png")
     sample = Sample((tmp_path / "a.png").read_bytes(), "a.png")
