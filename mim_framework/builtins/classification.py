@@ -17,7 +17,7 @@ from mim_framework.builtins.objectives import MaskedPrediction
 from mim_framework.contract.components import Decoder, Encoder, Parts
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Latent, Pred, Views
-from mim_framework.contract.specs import PredSpec, Specs
+from mim_framework.contract.specs import EncoderSpec, PredSpec, Specs
 from mim_framework.contract.step import Step
 from mim_framework.nn.blocks import NORM_EPS
 from mim_framework.nn.init import FAR
@@ -39,11 +39,14 @@ class Classifier(Decoder):
     full_precision = True
 
     class Config(Section):
-        pool: Literal["mean", "cls"] = "mean"
-        """The vector of an image: the mean of its patch tokens, or the class token."""
-        norm: Literal["encoder", "new"] = "encoder"
-        """`encoder` takes tokens as they leave the encoder, after its final norm. `new` takes the output of the last
-        block and gives the pooled vector a LayerNorm of its own, official `fc_norm`."""
+        pool: Literal["mean", "cls", "cls_mean"] = "mean"
+        """The vector of an image: the mean of its patch tokens, the class token, or that one and the mean side by side
+        (BEiT's linear probe)."""
+        norm: Literal["encoder", "new", "none"] = "encoder"
+        """`encoder` takes tokens as they leave the encoder, after its final norm. `new` takes the output of a block and
+        gives the pooled vector a LayerNorm of its own, official `fc_norm`; `none` takes that output as it is."""
+        layer: int | None = None
+        """Whose output `new` and `none` take: a block, from 0, or from the end if negative; null is the last one."""
         batch_norm: bool = False
         """Batch norm without parameters of its own before the linear layer (MAE's linear probe, MoCo v3)."""
         init_std: float = Field(0.02, gt=0)
@@ -56,12 +59,13 @@ class Classifier(Decoder):
         c, encoder, target = self.config, specs.encoder, specs.target
         if target.grid != Grid(()):
             raise ValueError(f"decoder 'classifier' predicts whole images, the target lives on grid {target.grid}")
-        if c.pool == "cls" and not encoder.num_prefix_tokens:
-            raise ValueError("decoder 'classifier': pool=cls, but the encoder has no class token; use pool=mean")
-        self.last, self.num_prefix_tokens, dim = encoder.depth - 1, encoder.num_prefix_tokens, encoder.dim
-        if c.norm == "new":
-            self.ask = Ask(layers=frozenset({self.last}))
-            dim = encoder.layers.get(self.last, (dim,))[0]
+        if c.pool != "mean" and not encoder.num_prefix_tokens:
+            raise ValueError(f"decoder 'classifier': pool={c.pool}, but the encoder has no class token; use pool=mean")
+        self.layer, self.num_prefix_tokens, dim = block_read(c, encoder), encoder.num_prefix_tokens, encoder.dim
+        if self.layer is not None:
+            self.ask = Ask(layers=frozenset({self.layer}))
+            dim = encoder.layers.get(self.layer, (dim,))[0]
+        dim *= 2 if c.pool == "cls_mean" else 1
         self.fc_norm = nn.LayerNorm(dim, eps=NORM_EPS) if c.norm == "new" else nn.Identity()
         self.batch_norm = nn.BatchNorm1d(dim, eps=NORM_EPS, affine=False) if c.batch_norm else nn.Identity()
         self.head = nn.Linear(dim, target.dim)
@@ -72,11 +76,12 @@ class Classifier(Decoder):
     def pooled(self, latent: Latent) -> Tensor:
         """(B, D) float32: the vector of an image that the linear layer, or the batch norm before it, sees."""
         prefix, tokens = latent.prefix, latent.tokens
-        if self.config.norm == "new":
-            sequence = latent.layers[self.last]
+        if self.layer is not None:
+            sequence = latent.layers[self.layer]
             prefix, tokens = sequence[:, : self.num_prefix_tokens], sequence[:, self.num_prefix_tokens :]
-        pooled = tokens.float().mean(1) if self.config.pool == "mean" else prefix[:, 0].float()
-        return self.fc_norm(pooled)
+        parts = [] if self.config.pool == "mean" else [prefix[:, 0].float()]
+        parts += [] if self.config.pool == "cls" else [tokens.float().mean(1)]
+        return self.fc_norm(torch.cat(parts, dim=1))
 
     def forward(self, latent: Latent, mask: Mask) -> Pred:
         """values (B, 1, num_classes)"""
@@ -112,20 +117,46 @@ class Classify(MaskedPrediction):
         names = [name for name, _ in self.encoder.named_parameters()]
         unused = {name for name in names if name.split(".")[-1] in FOR_MASKS}
         after = parameters_of_final_norm(self.encoder)
-        if all(getattr(head.decoder.config, "norm", "encoder") == "new" for head in self.heads.values()):
-            unused |= after
+        layers = [getattr(head.decoder, "layer", None) for head in self.heads.values()]
+        read = [layer for layer in layers if layer is not None]
+        if len(read) == len(layers):  # no head sees the encoder's own output
+            unused |= after | blocks_after(self.encoder, max(read))
         count = self.config.trained_blocks
         frozen = unused if count is None else unused | (set(names) - after - set(last_blocks(self.encoder, count)))
         self.freeze(f"encoder.{name}" for name in frozen)
 
     def logits(self, views: Views) -> Tensor:
-        """(B, num_classes) of the only head."""
-        if len(self.heads) != 1:
-            raise ValueError(f"objective 'classify' has {len(self.heads)} heads, accuracy is that of one")
-        [head] = self.heads.values()
+        """(B, num_classes), or (B, num_heads, num_classes) of several heads in their order."""
         spec = self.encoder.spec
         masks = {name: Mask.none(len(views[name]), spec.of(name).grid, views[name].device) for name in spec.views}
-        return head.decoder(self.encoder.encode(views, masks, self.ask), masks[head.view]).values[:, 0]
+        latent = self.encoder.encode(views, masks, self.ask)
+        every = torch.cat([head.decoder(latent, masks[head.view]).values for head in self.heads.values()], dim=1)
+        return every[:, 0] if len(self.heads) == 1 else every
+
+
+def block_read(config: Classifier.Config, encoder: EncoderSpec) -> int | None:
+    """The number, from 0, of the block whose output a classifier takes; None if it takes the encoder's.
+
+    Raises:
+        ValueError: if there is no such block, or its number has no effect.
+    """
+    layer, depth = config.layer, encoder.depth
+    if config.norm == "encoder":
+        if layer is None:
+            return None
+        raise ValueError(
+            f"decoder 'classifier': layer={layer} has no effect with norm=encoder, which is the encoder's end; use "
+            "norm=none or norm=new"
+        )
+    if layer is not None and not -depth <= layer < depth:
+        raise ValueError(f"decoder 'classifier': layer={layer} is none of the encoder's {depth} blocks, from 0")
+    return depth - 1 if layer is None else layer % depth
+
+
+def blocks_after(encoder: Encoder, layer: int) -> set[str]:
+    """Names of the parameters in the blocks after one, of an encoder that has a block for each of its layers."""
+    blocks = list(encoder.repeated_blocks())
+    return set(last_blocks(encoder, len(blocks) - 1 - layer)) if len(blocks) == encoder.spec.depth else set()
 
 
 def last_blocks(encoder: Encoder, count: float) -> Iterator[str]:

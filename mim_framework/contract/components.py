@@ -349,7 +349,10 @@ class Objective(Component):
         return None
 
     def logits(self, views: Views) -> Tensor | None:
-        """Scores (B, num_classes) of views in which nothing is hidden, if it classifies images; else None."""
+        """Scores (B, num_classes) of views in which nothing is hidden, if it classifies images; else None.
+
+        Several classifiers give (B, num_heads, num_classes).
+        """
         return None
 
     def freeze(self, names: Iterable[str]) -> None:

@@ -128,6 +128,8 @@ class Subject(Protocol):
     def logits(self, split: Split) -> Features:
         """Scores (n, num_classes) of the labelled images of a split, by the classifier that was trained.
 
+        Of several classifiers (n, num_heads, num_classes), in the order of the recipe.
+
         Raises:
             DataError: if no classifier was trained, or there are no such images.
         """

@@ -15,7 +15,8 @@ from mim_framework.assembly.builder import Model, build_model
 from mim_framework.assembly.preflight import make_step, preflight
 from mim_framework.base.errors import RecipeError
 from mim_framework.builtins.classification import Classifier
-from mim_framework.contract.mask import Grid
+from mim_framework.contract.mask import Grid, Mask
+from mim_framework.contract.records import Ask, Latent
 from mim_framework.contract.specs import EncoderSpec, Specs, TargetSpec
 from mim_framework.contract.world import World
 from mim_framework.data.labels import LABEL
@@ -157,6 +158,69 @@ def test_a_table_of_biases_that_blocks_shared_goes_to_each(tmp_path: Path):
     built = model(tmp_path, encoder={**shared, "relative_bias": "per_block"}, init=str(tmp_path / "w.safetensors"))
     for block in built.objective.encoder.blocks:
         assert torch.equal(block.attn.relative_position_bias_table, table)
+
+
+def latent_of(built: Model) -> Latent:
+    encoder = built.objective.encoder.eval()
+    return encoder(batch()["x"], Mask.none(4, encoder.spec.grid), Ask(layers=frozenset(range(3))))
+
+
+@torch.no_grad()
+def test_the_vector_of_an_image_by_hand(tmp_path: Path):
+    """Class token beside the mean of the patches, of a block as it is."""
+    built = model(tmp_path, decoder={"type": "classifier", "pool": "cls_mean", "norm": "none", "layer": 1})
+    decoder, latent = built.objective.heads.main.decoder, latent_of(built)
+    raw = latent.layers[1]
+    assert torch.equal(decoder.pooled(latent), torch.cat([raw[:, 0], raw[:, 1:].mean(1)], dim=1))
+    assert decoder.head.in_features == 32
+    last = model(tmp_path, decoder={"type": "classifier", "pool": "cls", "norm": "none"}).objective.heads.main.decoder
+    assert torch.equal(last.pooled(latent), latent.layers[2][:, 0])
+    same = model(tmp_path, decoder={"type": "classifier", "pool": "mean", "norm": "none", "layer": -2})
+    assert torch.equal(same.objective.heads.main.decoder.pooled(latent), raw[:, 1:].mean(1))
+
+
+def test_blocks_that_no_head_sees_are_frozen(tmp_path: Path):
+    built = model(tmp_path, decoder={"type": "classifier", "norm": "new", "layer": 0})
+    left_out = {name.split(".")[1] + name.split(".")[2] for name in trained(built) if name.startswith("encoder.blocks")}
+    assert left_out == {"blocks0"}
+    assert "encoder.norm.weight" not in trained(built)
+    preflight(built, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"layer": 1},
+            "layer=1 has no effect with norm=encoder, which is the encoder's end; use norm=none or norm=new",
+        ),
+        ({"norm": "none", "layer": 3}, "layer=3 is none of the encoder's 3 blocks, from 0"),
+        ({"norm": "new", "layer": -4}, "layer=-4 is none of the encoder's 3 blocks, from 0"),
+    ],
+)
+def test_a_block_that_cannot_be_read_is_refused(tmp_path: Path, options: dict[str, Any], text: str):
+    with pytest.raises(RecipeError, match=text):
+        model(tmp_path, decoder={"type": "classifier", **options})
+
+
+def heads_of(*layers: int) -> dict[str, Any]:
+    decoder = {"type": "classifier", "pool": "cls_mean", "norm": "none"}
+    return {
+        f"block{layer}": {"target": "labels", "decoder": {**decoder, "layer": layer}, "loss": "cross_entropy"}
+        for layer in layers
+    }
+
+
+@torch.no_grad()
+def test_several_classifiers_give_their_scores_in_the_order_of_the_recipe(tmp_path: Path):
+    alone = dict.fromkeys(("target", "decoder", "loss"))
+    built = model(tmp_path, heads=heads_of(2, 0), **alone)
+    objective, latent = built.objective.eval(), latent_of(built)
+    scores = objective.logits({"x": batch()["x"]})
+    assert scores.shape == (4, 2, 10)
+    for number, name in enumerate(("block2", "block0")):
+        decoder = objective.heads[name].decoder
+        torch.testing.assert_close(scores[:, number], decoder.head(decoder.pooled(latent)))
 
 
 def test_nothing_trains_in_evaluation_mode(tmp_path: Path):

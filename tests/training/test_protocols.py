@@ -12,9 +12,9 @@ from methods.harness import recipe_at
 
 from mim_framework.assembly.opened import load_run
 from mim_framework.checkpoints.checkpoint import CheckpointSection, list_checkpoints, prune, save_checkpoint, step_of
-from mim_framework.contract.evaluation import Estimate
+from mim_framework.contract.evaluation import Estimate, Features
 from mim_framework.contract.hooks import hookimpl
-from mim_framework.evaluate.accuracy import hits
+from mim_framework.evaluate.accuracy import Accuracy, hits
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.writing import dump_recipe
 from mim_framework.registry.registry import Registry
@@ -47,6 +47,27 @@ def test_hits_by_hand():
     assert hits(logits, torch.tensor([2, 2]), 1).tolist() == [False, True]
     assert hits(logits, torch.tensor([2, 0]), 2).tolist() == [True, False]
     assert hits(logits, torch.tensor([2, 0]), 5).tolist() == [True, True]
+
+
+class Scores:
+    """A subject of which only the scores are asked."""
+
+    def __init__(self, x: list[Any], y: list[int]) -> None:
+        self.scores = Features(torch.tensor(x), torch.tensor(y))
+
+    def logits(self, split: str) -> Features:
+        return self.scores
+
+
+def test_accuracy_of_several_heads_is_that_of_the_best_and_all_are_told():
+    right, wrong = [9.0, 0.0], [0.0, 9.0]
+    accuracy = Accuracy(Accuracy.Config())
+    found = accuracy(Scores([[wrong, right, right], [right, wrong, right], [right, right, right]], [0, 0, 0]))
+    assert found["top1"] == found["head2_top1"] == 1.0
+    assert found["best_head"] == 2
+    assert [found[f"head{number}_top1"] for number in (0, 1)] == pytest.approx([2 / 3, 2 / 3])
+    assert found["loss"] == accuracy(Scores([right] * 3, [0, 0, 0]))["loss"]
+    assert accuracy(Scores([right, wrong], [0, 0])).keys() == {"top1", "top5", "loss"}
 
 
 def test_the_best_is_the_first_highest(tmp_path: Path):
