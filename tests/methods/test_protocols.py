@@ -28,6 +28,7 @@ PROTOCOLS = sorted(
 TABLES = ("pos_embed", "relative_position_bias_table")
 """Last parts of names of tensors that are resized where images are larger than in pre-training."""
 ENCODERS: dict[str, dict[str, Any]] = {
+    "beit": {"patch_size": 8, "embed_dim": 32, "num_heads": 2},
     "mae_vit": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
     "simmim_swin": {"embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4},
     "maskfeat_vit": {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2},
@@ -35,7 +36,13 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "simmim_vit": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
 }
 """Small sizes, to be trained in a test."""
+BLOCKS = ["masker.num_hidden=20", "masker.min_num_patches=4"]
 BEFORE = {
+    "beit_800e": ["views.second_size=64", *BLOCKS],
+    "beit_vit_large": ["views.second_size=64", *BLOCKS],
+    "beit_v2": ["views.second_size=32", *BLOCKS],
+    "beit_v2_1600e": ["views.second_size=32", *BLOCKS],
+    "beit_v2_vit_large": ["views.second_size=32", *BLOCKS],
     "maskfeat": ["masker.min_num_patches=1"],
     "maskfeat_vit_large": ["masker.min_num_patches=1"],
     "simmim": ["encoder.window_size=2"],
@@ -45,7 +52,9 @@ BEFORE = {
     "mff": ["decoder.depth=1", "objective.layers=[0, 1]"],
     "mixmim": ["encoder.window_size=[2, 4, 4, 2]"],
 }
-"""What a pre-training has otherwise: smaller windows, whose tables of biases are resized, less depth."""
+"""What a pre-training has otherwise: smaller windows, whose tables of biases are resized, less depth, the sizes of a
+small tokenizer."""
+WITHOUT_TOKENIZER = ["tokenizer=null", "target={type: token_ids, vocab_size: 8192}"]
 SMALL = [name for name in PROTOCOLS if load_recipe(name, [], Registry()).encoder.type in ENCODERS]
 
 
@@ -58,6 +67,8 @@ def pretraining_of(recipe: Recipe) -> str:
 @cache
 def objective_of(name: str) -> Objective:
     recipe = load_recipe(name, [], Registry())
+    if recipe.tokenizer:
+        recipe = load_recipe(name, WITHOUT_TOKENIZER, Registry())
     with torch.device("meta"):
         return build_model(recipe, Registry(), with_weights=False, source=Classes(1000)).objective
 
@@ -83,7 +94,11 @@ def test_a_protocol_trains_from_a_run_of_its_pre_training(name: str, tmp_path: P
     sizes = [f"encoder.{key}={value}" for key, value in ENCODERS[recipe.encoder.type].items()]
     small = [*contract.SHORT, *sizes, "views.img_size=64", "data.source=digits", "data.workers=0"]
     pretraining = pretraining_of(recipe)
-    before = contract.run(tmp_path, pretraining, *small, *BEFORE.get(pretraining, []))
+    otherwise = list(BEFORE.get(pretraining, []))
+    if tokenizer := load_recipe(pretraining, [], Registry()).tokenizer:
+        stage_one = f"{Path(tokenizer).name}_quickstart"
+        otherwise.append(f"tokenizer={contract.run(tmp_path, stage_one, *contract.SHORT, *contract.STAGE_ONE)}")
+    before = contract.run(tmp_path, pretraining, *small, *otherwise)
     changes = [f"init={before}", "data.eval_source=null", "evaluate=[{type: accuracy, every_epochs: 1}]"]
     after = contract.run(tmp_path, name, *small, *changes, "train.steps=2", "optim.warmup_epochs=0")
     assert [line["accuracy_top1"] for line in read_metrics(after / "metrics.jsonl") if "accuracy_top1" in line]

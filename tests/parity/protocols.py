@@ -119,8 +119,8 @@ def built(
         "data": {"source": "digits"},
         "masker": "none",
         "objective": "classify",
-        "target": "labels",
-        "optim": {"lr": config["lr"], "min_lr": config["min_lr"], "warmup_epochs": config["warmup_epochs"], **optim},
+        **({} if "heads" in slots else {"target": "labels"}),
+        "optim": {**{key: config[key] for key in ("lr", "min_lr", "warmup_epochs") if key in config}, **optim},
         "train": {"total_batch_size": 2, "epochs": config["epochs"]},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**rest, **slots}))

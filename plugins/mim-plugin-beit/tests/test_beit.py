@@ -20,11 +20,13 @@ from torchvision.transforms import v2
 
 from mim_framework import Ask, Mask, Sample, Specs, ViewSpec, jitter_color
 from mim_framework.assembly.builder import build_model
+from mim_framework.commands.check import report
 from mim_framework.convert import import_checkpoint
 from mim_framework.data.views import NUM_CROP_RANDOM
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry
+from mim_framework.training.published import comparison
 
 RNG = np.random.default_rng(0)
 PHOTO = Image.fromarray(np.kron(RNG.integers(0, 256, (6, 9, 3)), np.ones((20, 20, 1))).astype(np.uint8))
@@ -269,6 +271,37 @@ def test_recipes_have_the_published_numbers(name: str):
     assert recipe.optim.peak_lr(2048) == 1.5e-3
     assert (recipe.train.epochs, recipe.optim.warmup_epochs) == {"beit": (300, 5)}.get(name, (800, 10))
     assert recipe.encoder.options["layer_scale"] == (1e-5 if name == "beit_vit_large" else 0.1)
+
+
+PROTOCOLS = {  # epochs, warm-up, rate for 1024 images, factor of a layer, drop path
+    "beit_finetune": (100, 20, 4e-3, 0.65, 0.1),
+    "beit_finetune_vit_large": (50, 5, 1e-3, 0.75, 0.2),
+    "beit_linear": (100, 0, 4e-3, None, 0),
+}
+SMALL = [
+    "data.source={type: digits}", "data.eval_source=null", "views.img_size=16", "encoder.patch_size=8",
+    "encoder.embed_dim=16", "encoder.num_heads=2", "train.total_batch_size=4", "train.batch_size=4",
+    "train.device=cpu", "train.precision=float32",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_protocol_has_the_official_numbers_and_passes_the_check(name: str):
+    recipe = load_recipe(name, [], Registry())
+    optim, batch = recipe.optim, recipe.train.total_batch_size
+    found = recipe.train.epochs, optim.warmup_epochs, optim.peak_lr(batch), optim.layer_decay
+    assert (*found, recipe.encoder.options["drop_path_rate"]) == PROTOCOLS[name]
+    assert batch == 1024
+    assert comparison(recipe, None, Registry()).endswith("deviations: no pre-training")
+    assert "tokens per image" in report(load_recipe(name, SMALL, Registry()), Registry())
+
+
+def test_every_block_of_the_linear_probe_has_a_classifier():
+    recipe = load_recipe("beit_linear", [], Registry())
+    assert [head.decoder.options["layer"] for head in recipe.heads.values()] == list(range(12))
+    assert {(head.decoder.options["pool"], head.decoder.options["norm"]) for head in recipe.heads.values()} == {
+        ("cls_mean", "none")
+    }
 
 
 @pytest.mark.parametrize("after_crop", [False, True])
