@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from mim_plugin_beitv2 import PatchAggregation
+from parity.protocols import Classes
+from safetensors.torch import save_file
 from tiny import RECIPE
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.runtime.metrics import read_metrics
 from mim_framework.testing import RegistryWith, run_ranks
+from mim_framework.training.published import comparison
 from mim_framework.training.trainer import train
 
 torch.set_num_threads(1)  # ranks are forked; the suite's conftest says it too, unless the plugin is tested alone
@@ -310,6 +313,48 @@ def test_a_tokenizer_of_another_grid_is_refused(tokenizer: Path):
 def test_costs_are_counted_with_the_tokenizer(tokenizer: Path):
     recipe = Recipe.model_validate({**BEIT, "tokenizer": str(tokenizer)})
     assert "tokens per image" in report(recipe, RegistryWith())
+
+
+PROTOCOLS = {  # epochs, warm-up, rate for 1024 images, factor of a layer, drop path, parameters that train
+    "beit_v2_finetune": (100, 20, 5e-4, 0.65, 0.1, 86_530_984),
+    "beit_v2_finetune_vit_large": (50, 5, 2e-4, 0.8, 0.2, 304_430_568),
+    "beit_v2_linear": (100, 0, 4e-3, None, 0, 769_000),
+}
+SMALL = [
+    "data.source={type: digits}", "data.eval_source=null", "views.img_size=16", "encoder.patch_size=4",
+    "encoder.embed_dim=16", "encoder.num_heads=2", "encoder.depth=3", "train.total_batch_size=4", "train.batch_size=4",
+    "train.device=cpu", "train.precision=float32",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_protocol_has_the_official_numbers_and_passes_the_check(name: str):
+    recipe = load_recipe(name, [], RegistryWith())
+    optim, batch = recipe.optim, recipe.train.total_batch_size
+    *numbers, count = PROTOCOLS[name]
+    found = recipe.train.epochs, optim.warmup_epochs, optim.peak_lr(batch), optim.layer_decay
+    assert [*found, recipe.encoder.options["drop_path_rate"]] == numbers
+    assert batch == 1024
+    assert comparison(recipe, None, RegistryWith()).endswith("deviations: no pre-training")
+    with torch.device("meta"):
+        built = build_model(recipe, RegistryWith(), source=Classes(1000))
+    assert sum(p.numel() for p in built.objective.parameters() if p.requires_grad) == count
+    assert "tokens per image" in report(load_recipe(name, SMALL, RegistryWith()), RegistryWith())
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_protocol_takes_the_encoder_of_a_run_without_its_added_blocks(name: str, tmp_path: Path):
+    before = model_of().objective.state_dict()
+    before = {key: tensor + 1 if tensor.is_floating_point() else tensor for key, tensor in before.items()}
+    save_file({key: tensor.contiguous() for key, tensor in before.items()}, tmp_path / "w.safetensors")
+    changes = [*SMALL, f"init={tmp_path / 'w.safetensors'}"]
+    built = build_model(load_recipe(name, changes, RegistryWith()), RegistryWith(), source=Classes(10))
+    table = "rel_pos_bias.relative_position_bias_table"
+    state = built.objective.encoder.state_dict()
+    for key, tensor in state.items():
+        shared = table if key.startswith("blocks") and key.endswith("bias_table") else key
+        assert torch.equal(tensor, before[f"encoder.{shared}"]), key
+    assert not any(key.startswith("cls_blocks") for key in built.objective.state_dict())
 
 
 def test_the_base_model_has_the_official_number_of_parameters():
