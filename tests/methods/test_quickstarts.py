@@ -18,7 +18,9 @@ from mim_framework.registry.registry import Registry
 from mim_framework.testing import runs as contract
 
 PLUGINS = sorted(info.name for info in Registry().plugins() if info.name != BUILTINS)
-RECIPES = sorted(info.name for info in Registry().recipes() if info.name.endswith("quickstart"))
+QUICKSTARTS = [info.name for info in Registry().recipes() if info.name.endswith("quickstart")]
+RECIPES = sorted(name for name in QUICKSTARTS if load_recipe(name, [], Registry()).objective.type != "classify")
+"""Of pre-training; a protocol begins where one of these ends."""
 LATE = {
     "maskfeat_quickstart", "simmim_quickstart", "simmim_vit_quickstart", "beit_quickstart", "beit_v2_quickstart",
     "beit_dvae_quickstart", "beit_v2_vqkd_quickstart",
