@@ -84,7 +84,7 @@ def in_its_rank(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (n, D) -> coordinates (n, r) and an orthonormal basis (D, r) of what its r independent rows span, in float64.
 
     The best weights lie there, since anything beside it adds to the penalty alone; images that were made larger, or are
-    fewer than their pixels, have far fewer such directions than columns. What is below the rounding of `x` is no direction.
+    fewer than their pixels, have far fewer such directions than columns. What is below the rounding of `x` is none.
     """
     rounding = torch.finfo(x.dtype).eps
     x = x.detach().to(_float64_device(x.device), torch.float64)
