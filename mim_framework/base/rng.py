@@ -50,7 +50,18 @@ def random_bits(seed: int, stream: str, positions: Tensor, n: int) -> Tensor:
 
 def uniform(seed: int, stream: str, positions: Tensor, n: int) -> Tensor:
     """positions (B,) int64 -> (B, n) float32 in [0, 1), on a grid of 2^-24 as `torch.rand` has it."""
-    return _logical_shift(random_bits(seed, stream, positions, n), 40).to(torch.float32) * 2.0**-24
+    return uniform_from(random_bits(seed, stream, positions, n))
+
+
+def uniform_from(bits: Tensor) -> Tensor:
+    """Random int64 patterns -> as many uniform float32 in [0, 1), on a grid of 2^-24."""
+    return _logical_shift(bits, 40).to(torch.float32) * 2.0**-24
+
+
+def uniform_of(bits: Tensor, n: int) -> Tensor:
+    """Random patterns (B,) int64 -> (B, n) uniform float32 in [0, 1), more draws for each; can be compiled."""
+    columns = torch.arange(1, n + 1, dtype=torch.int64, device=bits.device) * _signed(_GOLDEN)
+    return uniform_from(_mix(bits[:, None] + columns))
 
 
 def permutation(seed: int, stream: str, n: int) -> Tensor:

@@ -18,6 +18,7 @@ from mim_framework.contract.components import Encoder
 from mim_framework.contract.mask import Grid, Mask
 from mim_framework.contract.records import Ask, Latent
 from mim_framework.contract.specs import EncoderSpec, Specs
+from mim_framework.nn.drop_path import replace_drop_path
 
 CLASSIFIER = "classifier of the recipe"
 """A name that no timm model knows."""
@@ -115,6 +116,7 @@ class TimmEncoder(Encoder):
 
     def _take(self, model: nn.Module) -> None:
         """Keep a model, and of its last layer the weight alone if the tokens are to be projected."""
+        replace_drop_path(model)
         self.model, self.projection, self._layers = model, None, None
         if not self.config.project:
             return

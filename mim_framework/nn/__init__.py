@@ -6,6 +6,7 @@ from mim_framework.base.lazy import module_of_names, on_demand
 
 _HOME = {
     "blocks": ["Block", "NORM_EPS", "drop_path_ramp", "run_blocks"],
+    "drop_path": ["DropPath", "replace_drop_path"],
     "attention": ["Attention", "attend", "check_heads", "split_heads"],
     "attentive": [
         "AIMPooling", "AttentiveHead", "CAEPooling", "EfficientPooling", "HeadName", "VJEPAPooling", "attentive_head",

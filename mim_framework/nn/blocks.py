@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from mim_framework.contract.mask import Grid
 from mim_framework.contract.records import Ask
 from mim_framework.nn.attention import Attention
+from mim_framework.nn.drop_path import DropPath
 
 NORM_EPS = 1e-6
 """Term under the root of the LayerNorms of vision transformers (timm, MAE, BEiT); torch has 1e-5."""
@@ -47,7 +48,8 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.gamma_1 = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
         self.gamma_2 = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(
         self, x: Tensor, shared_bias: Tensor | None = None, want_qkv: bool = False
@@ -58,9 +60,9 @@ class Block(nn.Module):
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """x (B, M, D) and what its attention gave (B, M, D) -> (B, M, D): both residual branches."""
-        x = x + self.drop_path(mixed if self.gamma_1 is None else self.gamma_1 * mixed)
+        x = x + self.drop_path1(mixed if self.gamma_1 is None else self.gamma_1 * mixed)
         expanded = self.mlp(self.norm2(x))
-        return x + self.drop_path(expanded if self.gamma_2 is None else self.gamma_2 * expanded)
+        return x + self.drop_path2(expanded if self.gamma_2 is None else self.gamma_2 * expanded)
 
 
 def drop_path_ramp(rate: float, depth: int) -> list[float]:

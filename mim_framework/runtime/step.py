@@ -19,6 +19,7 @@ from mim_framework.contract.mask import Mask
 from mim_framework.contract.records import Ask, Latent, Outcome, Views
 from mim_framework.contract.step import Step
 from mim_framework.contract.world import World
+from mim_framework.runtime.drop_paths import DropPaths
 from mim_framework.runtime.sharding import whole_weights
 from mim_framework.runtime.teachers import Teachers
 
@@ -46,6 +47,7 @@ class StepEngine:
         self.bfloat16 = bfloat16
         self.model = objective if model is None else model
         self.components = list(objective.components())
+        self.drop_paths = DropPaths(objective)
 
     def step(self, *, seed: int, positions: Tensor, world: World = World(), **where: Any) -> Step:
         """A step with this engine's teachers and encoder; `where` it stands is the first one of one by default."""
@@ -58,7 +60,7 @@ class StepEngine:
     def forward(self, step: Step, batch: dict[str, Tensor]) -> Outcome:
         """The losses and measures of a batch before `prepare`, on the device."""
         views = self.begin(step, batch)
-        with self.autocast():
+        with self.autocast(), self.drop_paths.drawn(step):
             return Outcome.of(self.model(step, views))
 
     def begin(self, step: Step, batch: dict[str, Tensor]) -> Views:

@@ -128,9 +128,6 @@ class RecipeContract:
     own_statistics: ClassVar[bool] = False
     """True if a batch norm has the statistics of a rank's micro-batch: one rank then accumulates as many micro-batches
     as two ranks have, and running statistics, updated once for each micro-batch of a rank, are not compared."""
-    without_drop_path: ClassVar[tuple[str, ...]] = ()
-    """Changes that end drop path, such as "encoder.drop_path_rate=0", where one rank is compared with two: it is drawn
-    anew on every rank."""
     learned_share: ClassVar[float] = 0.1
     """By so much of its first size must the loss of one batch fall in `learning_steps` steps."""
     learning_steps: ClassVar[int] = 30
@@ -165,7 +162,7 @@ class RecipeContract:
     @pytest.fixture(scope="class")
     @classmethod
     def sgd(cls, recipe: str, changes: list[str]) -> list[str]:
-        return [*changes, *optimizers_of(recipe, changes, PLAIN_SGD), *cls.without_drop_path]
+        return [*changes, *optimizers_of(recipe, changes, PLAIN_SGD)]
 
     @pytest.fixture(scope="class")
     @classmethod

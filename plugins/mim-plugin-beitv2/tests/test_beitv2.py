@@ -161,9 +161,9 @@ def test_stochastic_depth_goes_on_along_the_ramp():
     """0.1 over 12 blocks; the blocks after the ninth of the base model have .0818 and .0909."""
     encoder = {"type": "beit", **VIT, "depth": 12, "drop_path_rate": 0.1}
     objective = model_of(encoder=encoder, objective={"type": "beit_v2", "early_layers": 9}).objective
-    assert [round(block.drop_path.drop_prob, 4) for block in objective.cls_blocks] == [0.0818, 0.0909]
+    assert [round(block.drop_path1.drop_prob, 4) for block in objective.cls_blocks] == [0.0818, 0.0909]
     deep = model_of(encoder={**encoder, "depth": 3}, objective={"type": "beit_v2", "early_layers": 2, "head_layers": 4})
-    assert [block.drop_path.drop_prob for block in deep.objective.cls_blocks] == pytest.approx([0.04, 0.06, 0.08, 0.1])
+    assert [block.drop_path1.drop_prob for block in deep.objective.cls_blocks] == pytest.approx([0.04, 0.06, 0.08, 0.1])
 
 
 def test_added_blocks_begin_as_officially_with_values_of_pytorch():

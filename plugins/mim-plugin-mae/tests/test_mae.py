@@ -158,7 +158,7 @@ def test_parameter_counts_are_the_published_ones(model: dict, in_total: int, in_
 
 def test_stochastic_depth_grows_linearly():
     encoder = make_encoder(depth=3, drop_path_rate=0.2)
-    assert [getattr(block.drop_path, "drop_prob", 0.0) for block in encoder.repeated_blocks()] == pytest.approx(
+    assert [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.repeated_blocks()] == pytest.approx(
         [0.0, 0.1, 0.2]
     )
 

@@ -21,7 +21,6 @@ class TestRecipes(RecipeContract):
 class TestFineTuning(RecipeContract):
     plugin = "mae"
     recipes = ("mae_finetune_quickstart",)
-    without_drop_path = ("encoder.drop_path_rate=0",)
 
 
 @pytest.mark.slow

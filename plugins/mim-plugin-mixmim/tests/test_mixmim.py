@@ -408,7 +408,7 @@ def test_parameter_counts_are_the_published_ones(embed_dim: int, num_heads: tupl
 
 def test_stochastic_depth_grows_linearly_over_all_stages():
     encoder = make_encoder(drop_path_rate=0.2)
-    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in encoder.repeated_blocks()]
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.repeated_blocks()]
     assert rates == pytest.approx([0.0, 0.1, 0.2])
 
 

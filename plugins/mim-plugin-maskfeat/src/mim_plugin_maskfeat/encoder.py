@@ -10,7 +10,7 @@ from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import Tensor, nn
 
 from mim_framework import Ask, Encoder, EncoderSpec, Grid, Latent, Mask, MaskTokenViT, Section, Specs
-from mim_framework.nn import check_heads, put_mask_token, trunc_normal
+from mim_framework.nn import check_heads, put_mask_token, replace_drop_path, trunc_normal
 
 PATCH_STRIDE = 4  # MViTv2's patch embedding: 7x7 pixels, every 4
 
@@ -90,6 +90,7 @@ class MaskFeatMViT(Encoder):
         )
         options: dict[str, Any] = {"num_classes": 0, "in_chans": view.in_chans, "drop_path_rate": c.drop_path_rate}
         self.model = MultiScaleVit(model_config, img_size=view.img_size, **options)
+        replace_drop_path(self.model)
         if not c.final_norm:
             self.model.norm = nn.Identity()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))

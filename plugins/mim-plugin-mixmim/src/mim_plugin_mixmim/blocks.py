@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from mim_framework import Grid, Mask
-from mim_framework.nn import attend, trunc_normal
+from mim_framework.nn import DropPath, attend, trunc_normal
 
 
 class Attention(nn.Module):
@@ -73,15 +73,16 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, window)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, apart: Tensor | None = None) -> Tensor:
         """x (B, W, T, D) -> the same shape; `apart` as in `Attention`."""
         return self.finish(x, self.attn(self.norm1(x), apart))
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn.proj(mixed))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.attn.proj(mixed))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
 class PatchMerging(nn.Module):

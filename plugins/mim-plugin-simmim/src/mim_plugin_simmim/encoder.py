@@ -12,7 +12,7 @@ from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
 
 from mim_framework import Ask, BEiTViT, Encoder, EncoderSpec, Grid, Latent, Mask, Section, Specs
-from mim_framework.nn import put_mask_token, trunc_normal
+from mim_framework.nn import put_mask_token, replace_drop_path, trunc_normal
 from mim_plugin_simmim.blocks import SwinBlock, SwinV2Block, WindowAttention, WindowAttentionV2
 
 PER_STAGE = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)]
@@ -80,6 +80,7 @@ class SwinEncoder(Encoder):
             mlp_ratio=c.mlp_ratio,
             drop_path_rate=c.drop_path_rate,
         )
+        replace_drop_path(self.swin)
         for block in self.repeated_blocks():
             block.__class__, block.attn.__class__ = self.block, self.attention  # the same parameters, another forward
             if block.attn_mask is not None:

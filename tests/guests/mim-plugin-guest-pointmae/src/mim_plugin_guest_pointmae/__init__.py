@@ -44,7 +44,7 @@ from mim_framework import (
     gather_tokens,
     hookimpl,
 )
-from mim_framework.nn import check_heads
+from mim_framework.nn import check_heads, replace_drop_path
 from mim_plugin_guest_pointmae.shapes import MeshShapes
 
 requires_api = "2"
@@ -256,7 +256,9 @@ def make_blocks(dim: int, config: Any) -> nn.ModuleList:
     """Pre-norm transformer blocks without biases of query, key and value."""
     check_heads(dim, config.num_heads)
     rates = torch.linspace(0, config.drop_path_rate, config.depth, device="cpu").tolist()
-    return nn.ModuleList(Block(dim, config.num_heads, drop_path=rate, norm_layer=nn.LayerNorm) for rate in rates)
+    blocks = nn.ModuleList(Block(dim, config.num_heads, drop_path=rate, norm_layer=nn.LayerNorm) for rate in rates)
+    replace_drop_path(blocks)
+    return blocks
 
 
 class PointEncoder(Encoder):
