@@ -38,6 +38,8 @@ _PLAIN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 
 logger = plain_logger(__name__)
 
+BEST = "best.json"
+"""Name of the record of a run's best checkpoint, in its directory."""
 IMPORTED_WEIGHTS = "weights.safetensors"
 """Name of the weights in a folder of `mim import`."""
 
@@ -226,6 +228,27 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if found is None:
         raise CheckpointError(f"{path} holds no checkpoint: neither manifest.json nor checkpoints/step_...")
     return found.tensors("model")
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """The checkpoint of a run at which the number of `keep_best` was highest so far.
+
+    Raises:
+        CheckpointError: if the run keeps none, or has not measured it yet, or its record is damaged.
+    """
+    file = run_dir / BEST
+    if not file.is_file():
+        raise CheckpointError(
+            f"{run_dir} has no {BEST}: a run keeps its best checkpoint where checkpoint.keep_best names a number of "
+            "its evaluations, such as accuracy_top1"
+        )
+    try:
+        found = run_dir / json.loads(file.read_bytes())["checkpoint"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error!r}") from error
+    if not (found / "manifest.json").is_file():
+        raise CheckpointError(f"{file} names {found.name}, which is gone")
+    return found
 
 
 def prune(

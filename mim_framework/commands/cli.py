@@ -396,7 +396,7 @@ def doctor(ctx: click.Context) -> None:
 @click.argument("subjects", nargs=-1, required=True, metavar="SUBJECT... [KEY=VALUE]...")
 @click.option("--train", metavar="SOURCE", help="Images to learn from: a folder or URL of class folders, or a source.")
 @click.option("--test", metavar="SOURCE", help="Images to be tested on.")
-@click.option("--checkpoint", metavar="all|STEP", help="Which checkpoints of the runs, in the place of the newest.")
+@click.option("--checkpoint", metavar="best|all|STEP", help="Which checkpoints of the runs, instead of the newest.")
 @click.option("--cache", type=LocalPath(path_type=Path, file_okay=False), help="Folder that keeps features.")
 @click.option("--json", "as_json", is_flag=True, help="Print records instead of tables.")
 @click.option("--report", "page", is_flag=True, help="Judge health in words, with report.html in the run directory.")

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mim_framework.assembly.builder import build_source
-from mim_framework.assembly.opened import LoadedEncoder, load_encoder
+from mim_framework.assembly.opened import LoadedEncoder, load_encoder, load_run
 from mim_framework.assembly.splits import evaluation_splits
 from mim_framework.base.errors import CheckpointError, DataError, MimError, RecipeError
 from mim_framework.base.paths import is_url, local_path
-from mim_framework.checkpoints.checkpoint import find_latest, list_checkpoints, step_of
+from mim_framework.checkpoints.checkpoint import best_checkpoint, find_latest, list_checkpoints, step_of
 from mim_framework.commands.evaluation_report import Judged, Made, append_records, records, tables
+from mim_framework.contract.components import Objective
 from mim_framework.evaluate.base import EncoderSubject, PixelSubject
 from mim_framework.evaluate.cache import FeatureCache
 from mim_framework.evaluate.measure import JudgedSubject, Reading, check, measure
@@ -29,7 +30,7 @@ from mim_framework.recipe.yaml import read_yaml
 from mim_framework.registry.registry import Registry, UnknownName
 
 PIXELS, UNTRAINED, TRAINED = "raw_pixels", "untrained", "trained"
-EVERY_CHECKPOINT = "all"
+EVERY_CHECKPOINT, BEST_CHECKPOINT = "all", "best"
 OF_A_RUN = ("every_epochs", "forward_batch_size")
 """Keys of an evaluation that do not concern what it measures."""
 NO_IMAGES = "(the encoder comes from no run)"
@@ -41,8 +42,8 @@ class Options:
 
     `changes`: "NAME.KEY=VALUE" for options of an evaluation, else those of the subject's recipe or the defaults;
     "data.KEY=VALUE" for other images than those of its recipe. `train` and `test`: sources in their place, by a folder
-    or URL of class folders, a name, or a mapping with options. `checkpoint`: a step, or "all". `cache`: a folder for
-    features.
+    or URL of class folders, a name, or a mapping with options. `checkpoint`: a step, "best" or "all". `cache`: a folder
+    for features.
     """
 
     changes: tuple[str, ...] = ()
@@ -60,6 +61,7 @@ class Named:
     opened: LoadedEncoder
     run_dir: Path | None
     step: int | None
+    checkpoint: Path | None = None
 
 
 def evaluate(
@@ -130,7 +132,7 @@ def opened_subjects(subject: str, checkpoint: str | None, registry: Registry) ->
                 f"--checkpoint chooses among those of a run, and {subject} is one; name {path.parent.parent}"
             )
         opened = load_encoder(path.parent.parent, checkpoint=path, registry=registry)
-        yield Named(subject, opened, path.parent.parent, step_of(path))
+        yield Named(subject, opened, path.parent.parent, step_of(path), path)
         return
     if not (path / "recipe.yaml").is_file():
         opened = open_encoder(subject, registry=registry)
@@ -139,20 +141,24 @@ def opened_subjects(subject: str, checkpoint: str | None, registry: Registry) ->
         yield Named(subject, opened, None, opened.origin.step)
         return
     for each in _checkpoints(path, checkpoint):
-        yield Named(subject, load_encoder(path, checkpoint=each, registry=registry), path, step_of(each))
+        yield Named(subject, load_encoder(path, checkpoint=each, registry=registry), path, step_of(each), each)
 
 
 def _checkpoints(run_dir: Path, wanted: str | None) -> list[Path]:
-    """The newest whole checkpoint of a run, that of a step, or all."""
+    """The newest whole checkpoint of a run, that of a step, the best one, or all."""
     if wanted is None:
         if (newest := find_latest(run_dir / "checkpoints")) is None:
             raise CheckpointError(f"{run_dir} holds no checkpoint yet")
         return [newest.path]
+    if wanted == BEST_CHECKPOINT:
+        return [best_checkpoint(run_dir)]
     every = list_checkpoints(run_dir / "checkpoints")
     found = every if wanted == EVERY_CHECKPOINT else [each for each in every if str(step_of(each)) == wanted]
     if not found:
         steps = ", ".join(str(step_of(each)) for each in every) or "none"
-        raise CheckpointError(f"--checkpoint {wanted}: {run_dir} has no such checkpoint; it has {steps}, or write all")
+        raise CheckpointError(
+            f"--checkpoint {wanted}: {run_dir} has no such checkpoint; it has {steps}, or write best or all"
+        )
     return found
 
 
@@ -169,7 +175,7 @@ class _Judge:
             self._prepared = self._prepare(named)
         recipe, splits, overlap = self._prepared
         readings = {**self._before}
-        for variant, subject in self._variants(named.opened, recipe, splits):
+        for variant, subject in self._variants(named, recipe, splits):
             if variant not in readings:
                 readings[variant] = self._read(variant, subject, recipe)
         self._before = {variant: found for variant, found in readings.items() if variant != TRAINED}
@@ -196,18 +202,44 @@ class _Judge:
                 raise RecipeError(f"{place}: {error}") from error
             if lacking := splits.lacks(evaluation):
                 raise DataError(f"{place}: {lacking}")
+            if evaluation.of_classifier:
+                self._check_classifier(place, named, splits)
         return recipe, splits, _overlap(splits, own, self.registry)
 
-    def _variants(self, opened: LoadedEncoder, recipe: Recipe, splits: Splits) -> Iterator[tuple[str, JudgedSubject]]:
+    def _check_classifier(self, place: str, named: Named, splits: Splits) -> None:
+        """
+        Raises:
+            DataError: if the subject has no classifier, or one of other classes than the images have.
+        """
+        own = None if named.run_dir is None else named.opened.recipe
+        if own is None or self.registry.find("objective", own.objective.type).logits is Objective.logits:
+            what = "is no run" if own is None else f"was trained by objective '{own.objective.type}'"
+            raise DataError(
+                f"{place}: it is of a classifier that a run has trained, and {named.subject} {what}; train one from "
+                f"it, for example mim run mae_finetune init={named.subject}, or use knn"
+            )
+        wanted, found = build_source(own, self.registry).classes, splits.sources["test"].classes
+        if list(wanted or ()) != list(found or ()):
+            raise DataError(
+                f"{place}: its classifier tells {len(wanted or ())} classes, and those of the images to be tested on "
+                "are others; name images by data.eval_source alone, whose classes are then matched by name"
+            )
+
+    def _variants(self, named: Named, recipe: Recipe, splits: Splits) -> Iterator[tuple[str, JudgedSubject]]:
         """The pixels, the untrained and the trained encoder, one after the other, so that one holds its features."""
+        opened = named.opened
         cache = None if self.options.cache is None else FeatureCache(self.options.cache)
+        of_classifier = any(self.registry.find("evaluation", choice.type).of_classifier for choice in recipe.evaluate)
         encoders = {UNTRAINED: opened.untrained, TRAINED: opened.trained}
         for variant in (PIXELS, UNTRAINED, TRAINED):
             if (encoder := encoders.get(variant, opened.trained)) is None:
                 continue
+            objective = None
+            if of_classifier and variant == TRAINED and named.run_dir is not None:
+                objective = load_run(named.run_dir, checkpoint=named.checkpoint, registry=self.registry).objective
             subject = EncoderSubject(
                 encoder, opened.views, splits, device=opened.device, workers=recipe.data.num_workers, cache=cache,
-                batch_size=min(choice.forward_batch_size for choice in recipe.evaluate),
+                batch_size=min(choice.forward_batch_size for choice in recipe.evaluate), objective=objective,
             )  # fmt: skip
             yield variant, PixelSubject(subject) if variant == PIXELS else subject
 
@@ -215,7 +247,7 @@ class _Judge:
         found = {}
         for choice in recipe.evaluate:
             cls, config = self.registry.resolve("evaluation", choice)
-            if variant != PIXELS or cls.of_pixels:
+            if variant == TRAINED or (not cls.of_classifier and (variant != PIXELS or cls.of_pixels)):
                 found[choice.type] = measure(cls(config), subject, choice.layers)
         return found
 

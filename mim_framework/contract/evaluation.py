@@ -152,6 +152,8 @@ class Evaluation:
     """The splits whose labels it reads; empty if it does without labels."""
     of_pixels: ClassVar[bool] = True
     """Whether it can judge raw pixels in the place of features; False if it calls the encoder itself."""
+    of_classifier: ClassVar[bool] = False
+    """Whether it judges the classifier that a run has trained (`Subject.logits`) rather than its encoder."""
     reserved: ClassVar[frozenset[str]] = frozenset({"every_epochs", "forward_batch_size"})
     """Keys that every evaluation has in a recipe, so that no option may be called so.
 

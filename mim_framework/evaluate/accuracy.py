@@ -20,6 +20,7 @@ class Accuracy(Evaluation):
     name = "accuracy"
     needs = frozenset({"test"})
     of_pixels = False
+    of_classifier = True
 
     @torch.no_grad()
     def __call__(self, subject: Subject) -> dict[str, float]:

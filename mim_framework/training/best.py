@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mim_framework.base.files import replace_file
-
-FILE = "best.json"
+from mim_framework.checkpoints.checkpoint import BEST
 
 
 class Best:
@@ -37,4 +36,4 @@ class Best:
         if self.state is not None:
             name = f"checkpoints/step_{self.state['step']:08d}"
             content = {**self.state, "checkpoint": name}
-            replace_file(self.directory / FILE, (json.dumps(content, indent=1) + "\n").encode())
+            replace_file(self.directory / BEST, (json.dumps(content, indent=1) + "\n").encode())

@@ -115,6 +115,26 @@ def test_a_run_without_labels_is_told_how_to_have_them(make_run, registry):
         evaluate(["knn"], [make_run(labels=False)], registry=registry)
 
 
+def test_accuracy_is_of_a_classifier_and_the_best_checkpoint_of_a_run_that_keeps_it(make_run, registry):
+    run_dir = make_run()
+    text = (
+        r"evaluation 'accuracy' of (.*colours): it is of a classifier that a run has trained, and \1 was trained by "
+        r"objective 'masked_prediction'; train one from it, for example mim run mae_finetune init=\1, or use knn"
+    )
+    with pytest.raises(DataError, match=text):
+        evaluate(["accuracy"], [run_dir], registry=registry)
+    with pytest.raises(
+        CheckpointError, match=r"colours has no best\.json: .* where checkpoint\.keep_best names a number"
+    ):
+        evaluate(["knn"], [run_dir], registry=registry, options=Options(checkpoint="best"))
+    (run_dir / "best.json").write_text('{"checkpoint": "checkpoints/step_00000003"}')
+    with pytest.raises(CheckpointError, match=r"best\.json names step_00000003, which is gone"):
+        evaluate(["knn"], [run_dir], registry=registry, options=Options(checkpoint="best"))
+    (run_dir / "best.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"best\.json is damaged"):
+        evaluate(["knn"], [run_dir], registry=registry, options=Options(checkpoint="best"))
+
+
 def test_what_is_no_subject_is_refused(tmp_path, registry):
     with pytest.raises(
         RecipeError, match=r"gone does not exist\. An encoder is named by a run directory, a checkpoint"

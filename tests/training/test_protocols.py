@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from methods.harness import recipe_at
+from PIL import Image
 
 from mim_framework.assembly.opened import load_run
+from mim_framework.base.errors import DataError
 from mim_framework.checkpoints.checkpoint import CheckpointSection, list_checkpoints, prune, save_checkpoint, step_of
+from mim_framework.commands.evaluate import Options, evaluate
 from mim_framework.contract.evaluation import Estimate, Features
 from mim_framework.contract.hooks import hookimpl
 from mim_framework.evaluate.accuracy import Accuracy, hits
@@ -110,8 +113,24 @@ def test_a_killed_probe_goes_on_to_the_same_best_and_the_same_weights(tmp_path: 
     best = json.loads((straight / "best.json").read_text())
     assert best["value"] == max(accuracies(straight))
     assert (straight / best["checkpoint"]).is_dir()
+    judged = evaluate(["accuracy", "knn"], [straight], options=Options(checkpoint="best"))
+    assert [each.step for each in judged] == [best["step"]]
+    assert set(judged[0].numbers) == {"raw_pixels", "untrained", "trained"}
+    assert "accuracy_top1" not in judged[0].numbers["untrained"]
+    assert judged[0].numbers["trained"]["accuracy_top1"] == best["value"]
+    with pytest.raises(DataError, match="its classifier tells 10 classes, and those of the images to be tested on are"):
+        evaluate(
+            ["accuracy"], [straight], options=Options(train=str(two_classes(tmp_path)), test=str(tmp_path / "two"))
+        )
     a, b = (load_run(each).objective.state_dict() for each in (straight, resumed))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def two_classes(folder: Path) -> Path:
+    for name in ("one", "two"):
+        (folder / "two" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "two" / name / "1.png")
+    return folder / "two"
 
 
 @pytest.mark.slow
