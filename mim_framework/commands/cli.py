@@ -495,13 +495,17 @@ def is_change(text: str) -> bool:
 @main.command()
 @RUN
 @click.option("--to", required=True, help="Layout of the weights: timm, official, or another of the encoder's plugin.")
+@click.option("--classifier", is_flag=True, help="Write the classifier of a fine-tuned run too, for timm.")
 @OUTPUT
 @click.pass_obj
-def export(settings: Settings, run: Path, to: str, output: Path | None) -> None:
+def export(settings: Settings, run: Path, to: str, output: Path | None, classifier: bool) -> None:
     """Write a run's weights in another layout."""
     from mim_framework.convert import export_run
 
-    say(export_run(run, to, output, settings.registry))
+    notes: list[str] = []
+    say(export_run(run, to, output, settings.registry, classifier=classifier, note=notes.append))
+    for note in notes:
+        say(note, err=True)
 
 
 @main.command("import")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -82,6 +85,40 @@ def test_timm_create_model_loads_the_file_by_itself(tmp_path: Path):
     vit = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(file), **options)
     images = torch.randn(2, 3, 32, 32)
     assert torch.allclose(vit.eval()(images), features(model, images)[0], atol=1e-5)
+
+
+CLASSIFIES = {"data": {"source": "digits"}, "masker": "none", "objective": "classify", "target": "labels"}
+CLASSIFIES |= {"loss": "cross_entropy"}
+
+
+@pytest.mark.parametrize(
+    "decoder", [{"norm": "new"}, {"norm": "new", "pool": "cls"}, {"pool": "cls", "batch_norm": True}, {}]
+)
+def test_timm_loads_a_fine_tuned_run_with_its_classifier(tmp_path: Path, decoder: dict[str, Any]):
+    encoder = {"type": "mae_vit", "patch_size": 16, "embed_dim": 192, "depth": 2, "num_heads": 3}
+    model = make_run(tmp_path / "run", encoder=encoder, decoder={"type": "classifier", **decoder}, **CLASSIFIES)
+    notes: list[str] = []
+    file = export_run(tmp_path / "run", "timm", tmp_path / "a.safetensors", classifier=True, note=notes.append)
+    told = re.fullmatch(r"timm\.create_model\(NAME, checkpoint_path=FILE, (.*)\) loads it", notes[0])
+    options = ast.literal_eval("{" + re.sub(r"(\w+)=", r"'\1': ", told[1]) + "}")
+    vit = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(file), img_size=32, depth=2, **options)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        theirs, ours = vit.eval()(images), model.objective.eval().logits({"x": images})
+    assert ours.shape == (2, 10)
+    assert torch.allclose(theirs, ours, atol=1e-4)
+
+
+def test_a_classifier_that_is_left_out_or_has_no_place_is_told(tmp_path: Path):
+    make_run(tmp_path / "run", decoder="classifier", **CLASSIFIES)
+    notes: list[str] = []
+    assert not any("head" in name for name in load_file(export_run(tmp_path / "run", "timm", note=notes.append)))
+    assert notes == ["the classifier of the run is left out; --to timm --classifier writes it too"]
+    with pytest.raises(CheckpointError, match="only the layout timm has a place for one; write --to timm"):
+        export_run(tmp_path / "run", "official", classifier=True)
+    make_run(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="the run has no head with decoder 'classifier'; leave the option out"):
+        export_run(tmp_path / "other", "timm", classifier=True)
 
 
 def test_official_to_ours_and_back_is_bitwise_the_same(tmp_path: Path):
