@@ -258,6 +258,41 @@ def replay(settings: Settings, run: Path, step: int | None, from_start: bool, im
     say(repeat(run, step, from_start=from_start, images=images, registry=settings.registry, report=say))
 
 
+# --- images before training ------------------------------------------------------------------------------------------
+
+
+@main.group()
+def data() -> None:
+    """Images before anything is trained on them."""
+
+
+@data.command("scan")
+@click.argument("source")
+@click.option("--output", type=LocalPath(path_type=Path, file_okay=False), help="Folder to write; scans/NAME if none.")
+@click.option("--labels", is_flag=True, help="Count images by class: the first folder below a folder.")
+@click.option(
+    "--sample", type=click.IntRange(min=1), metavar="N", help="Read the pixels of about N images, evenly chosen."
+)
+@click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Processes that read; as a run if none.")
+@click.pass_obj
+def scan(settings: Settings, source: str, **options: Any) -> None:
+    """Say what images are: sizes, modes, broken files, duplicates, empty ones, mean and std for the recipe.
+
+    SOURCE is a folder, a URL, a name such as digits, or a mapping with options: '{type: folder, root: FOLDER, pages:
+    each}'. Killed at any time, the same command goes on. Writes scan.html and scan.json.
+    """
+    from mim_framework.commands.data_scan import run_scan
+    from mim_framework.commands.scan_progress import ScanProgress
+
+    def report(line: str) -> None:
+        say(line, err=True)
+
+    with ScanProgress() as progress:
+        written = run_scan(source, settings.registry, progress=progress, report=report, **options)
+    for line in written.lines:
+        say(line)
+
+
 # --- what is installed -----------------------------------------------------------------------------------------------
 
 

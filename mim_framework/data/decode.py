@@ -37,6 +37,7 @@ from torch.nn.functional import interpolate
 from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.data.tiff import Bands, UnreadableBands, open_bands
 from mim_framework.data.values import (
+    GREY,
     RGB,
     Alpha,
     Depth,
@@ -295,6 +296,76 @@ class Image:
         return self._file.draft(None, (width // scale, height // scale)) is not None
 
 
+DECODED = "decoded by the source"
+"""The format of what is no file."""
+_MODES_IN_WORDS = {
+    "1": "bilevel, 1 bit", "L": "grey, 8 bit", "LA": "grey with alpha, 8 bit", "P": "palette, 8 bit",
+    "PA": "palette with alpha, 8 bit", "RGB": "RGB, 8 bit", "RGBX": "RGB, 8 bit", "RGBA": "RGB with alpha, 8 bit",
+    "CMYK": "CMYK, 8 bit", "YCbCr": "YCbCr, 8 bit", "LAB": "Lab, 8 bit", "I;16": "grey, 16 bit",
+    "I": "grey, 32 bit", "F": "grey, 32 bit float",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Native:
+    """`pixels`: a picture `L` or `RGB` of bytes, transparent ones on white, or numbers of the file (H, W, bands).
+
+    `stated`: the range of the numbers, where the file says it. `alpha`: a TIFF calls its last band so, which is kept.
+    """
+
+    pixels: pil.Image | np.ndarray
+    stated: Range | None = None
+    alpha: bool = False
+
+
+def kind_of(image: Image) -> tuple[str, str]:
+    """Format and mode of the file in words, such as ("JPEG", "RGB, 8 bit").
+
+    Raises:
+        BrokenImage: if bands differ in depth.
+    """
+    stored = image._file
+    if not isinstance(stored, pil.Image):
+        with image._broken_if_it_fails():
+            kind, num_bytes = stored.dtype[0], int(stored.dtype[1:])
+            count = stored.num_bands
+        values = {"u": "", "i": " signed", "f": " float"}.get(kind, f" of kind {kind}")
+        bands = "grey" if count == 1 else f"{count} bands"
+        format = "TIFF" if isinstance(stored, Bands) else DECODED
+        return format, f"{bands}, {8 * num_bytes} bit{values}"
+    mode = "I;16" if stored.mode.startswith("I;16") else stored.mode
+    name = _MODES_IN_WORDS.get(mode, f"Pillow mode {mode}")
+    if image._depth is not None and image._depth.high_byte:
+        name = name.replace("8 bit", "16 bit")
+    return stored.format or DECODED, name
+
+
+def native_of(image: Image) -> Native:
+    """All pixels at full resolution, as they are before a recipe says what becomes of them.
+
+    Raises:
+        BrokenImage: if the pixels cannot be decoded.
+    """
+    stored = image._file
+    with image._broken_if_it_fails():
+        if not isinstance(stored, pil.Image):
+            return Native(stored.read(), alpha=stored.alpha)
+        stored.load()
+        depth, alpha = image._depth, stored.format == "TIFF" and stored.has_transparency_data
+        if depth is not None and not depth.high_byte:
+            numbers = np.asarray(stored)
+            scaled = numbers if depth.unit == 1 else np.rint(numbers / depth.unit).astype(np.uint16)
+            return Native(scaled.reshape(*scaled.shape[:2], -1), depth.stated)
+        if alpha and stored.mode in ("LA", "RGBA"):
+            return Native(np.asarray(stored), alpha=True)
+        channels = GREY if stored.mode in ("1", "L", "LA") else RGB
+        picture = Wanted(channels, alpha="white").eight_bit(stored, None)
+        if depth is None:
+            return Native(picture)
+        numbers = np.asarray(picture).astype(np.uint16) * 257
+        return Native(numbers.reshape(*numbers.shape[:2], -1), depth.stated)
+
+
 def _resized_crop(
     pixels: pil.Image | Tensor,
     box: list[float],
@@ -393,8 +464,16 @@ class Array:
         return self.values.shape[0], self.values.shape[1]
 
     @property
+    def num_bands(self) -> int:
+        return self.values.shape[2]
+
+    @property
+    def dtype(self) -> str:
+        return self.values.dtype.str[1:]
+
+    @property
     def colour(self) -> bool:
-        return self.values.shape[2] == RGB
+        return self.num_bands == RGB
 
     def read(self) -> np.ndarray:
         return self.values

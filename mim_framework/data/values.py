@@ -199,12 +199,17 @@ def _measured(pixels: np.ndarray, unit: float) -> str:
     if not values.size:
         return "none of them is finite"
     low, high = float(values.min()) / unit, float(values.max()) / unit
-    if pixels.dtype.kind != "f" and low >= 0:
-        likely = f"[0, {2 ** max(1, math.ceil(math.log2(round(high) + 1))) - 1}]"
-    else:
-        likely = f"[{min(low, 0.0):g}, {high if high > min(low, 0.0) else 1:g}]"
+    ends = likely_range(low, high, whole=pixels.dtype.kind != "f")
+    likely = f"[{', '.join(str(end) if isinstance(end, int) else f'{end:g}' for end in ends)}]"
     found = f"the largest value here is {high:g}" + (f", the smallest {low:g}" if low < 0 else "")
     return f"{found}; say the range of all images, for example views.value_range={likely}"
+
+
+def likely_range(low: float, high: float, *, whole: bool) -> Range:
+    """The range that values from `low` to `high` seem to be of: that of so many bits, if they are `whole` numbers."""
+    if whole and low >= 0:
+        return 0, 2 ** max(1, math.ceil(math.log2(round(high) + 1))) - 1
+    return min(low, 0.0), high if high > min(low, 0.0) else 1
 
 
 def depth_of(image: pil.Image, data: bytes | None) -> Depth | None:
