@@ -282,14 +282,51 @@ def scan(settings: Settings, source: str, **options: Any) -> None:
     each}'. Killed at any time, the same command goes on. Writes scan.html and scan.json.
     """
     from mim_framework.commands.data_scan import run_scan
-    from mim_framework.commands.scan_progress import ScanProgress
+    from mim_framework.commands.image_progress import ImageProgress
 
     def report(line: str) -> None:
         say(line, err=True)
 
-    with ScanProgress() as progress:
+    with ImageProgress() as progress:
         written = run_scan(source, settings.registry, progress=progress, report=report, **options)
     for line in written.lines:
+        say(line)
+
+
+@data.command("pack")
+@click.argument("source")
+@click.argument("output", type=LocalPath(path_type=Path, file_okay=False))
+@click.option("--format", type=click.Choice(["tar"]), default="tar", show_default=True, help="Kind of shards.")
+@click.option(
+    "--per-shard", type=click.IntRange(min=1), default=2000, show_default=True, metavar="N", help="Images of a shard."
+)
+@click.option(
+    "--order", type=click.Choice(["kept", "shuffled"]), default="kept", show_default=True, help="Of the images."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the shuffled order.")
+@click.option("--resize-short", type=click.IntRange(min=1), metavar="N", help="Shrink to a short side of N pixels.")
+@click.option(
+    "--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="JPEG quality of what is shrunk."
+)
+@click.option("--labels", is_flag=True, help="Take the first folder below a folder as the class of an image.")
+@click.option("--shard", "part", metavar="I/N", help="Pack part I of N, counted from 0: one on each of N machines.")
+@click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Processes that read; as a run if none.")
+@click.pass_obj
+def pack(settings: Settings, source: str, output: Path, format: str, **options: Any) -> None:
+    """Pack images into tar shards that source `tar` reads, a file for some thousand images.
+
+    SOURCE is as in mim data scan. Killed at any time, the same command goes on with the first shard that is not whole.
+    Every member is read back and compared by its hash. Images that cannot be read are left out and listed in pack.json.
+    """
+    from mim_framework.commands.data_pack import run_pack
+    from mim_framework.commands.image_progress import ImageProgress
+
+    def report(line: str) -> None:
+        say(line, err=True)
+
+    with ImageProgress() as progress:
+        lines = run_pack(source, output, settings.registry, progress=progress, report=report, **options)
+    for line in lines:
         say(line)
 
 

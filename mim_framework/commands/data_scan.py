@@ -18,7 +18,7 @@ from mim_framework.commands.evaluate import source_of
 from mim_framework.commands.scan_page import page
 from mim_framework.contract.components import Source
 from mim_framework.data.loader import DataSection
-from mim_framework.data.scan import Found, scan
+from mim_framework.data.scan import scan
 from mim_framework.data.scan_summary import for_recipe, summary
 from mim_framework.registry.registry import Registry
 
@@ -43,7 +43,7 @@ def run_scan(
     labels: bool = False,
     sample: int | None = None,
     workers: int | None = None,
-    progress: Callable[[int, int, Found], object] = lambda done, total, found: None,
+    progress: Callable[[int, int, str], object] = lambda done, total, text: None,
     report: Callable[[str], object] = print,
 ) -> Written:
     """Scan the images of a source and write what they are. Killed at any time, the same call goes on.
@@ -54,7 +54,7 @@ def run_scan(
         labels: take the class folders of a folder as labels.
         sample: read the pixels of about so many images only.
         workers: processes that read; by default as many as a run would have.
-        progress: is told images done, images in all, and the findings so far.
+        progress: is told images done, images in all, and how many are broken.
 
     Raises:
         RecipeError: if there is no such source.
@@ -69,7 +69,7 @@ def run_scan(
         workers = DataSection(source=Choice(type=source.name)).num_workers
     scanned = scan(
         source, folder / JOURNAL, sample=sample, workers=workers,
-        progress=lambda done, found: progress(done, len(source), found),
+        progress=lambda done, found: progress(done, len(source), f"{len(found.broken):,} broken"),
     )  # fmt: skip
     if scanned.resumed_from:
         report(f"went on after {scanned.resumed_from:,} of {scanned.num_images:,} images, done before")

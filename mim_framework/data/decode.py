@@ -340,6 +340,12 @@ def kind_of(image: Image) -> tuple[str, str]:
     return stored.format or DECODED, name
 
 
+def is_transparent(image: Image) -> bool:
+    """Whether its file says which pixels are transparent."""
+    stored = image._file
+    return stored.has_transparency_data if isinstance(stored, pil.Image) else stored.alpha
+
+
 def native_of(image: Image) -> Native:
     """All pixels at full resolution, as they are before a recipe says what becomes of them.
 

@@ -36,7 +36,7 @@ class Journal:
         except OSError as error:
             raise MimError(f"{self.path} cannot be written: {error.strerror}") from error
         try:
-            self._lock()
+            lock(self._file, self.path)
             self._end = self._end_of_whole_lines()
             self._file.truncate(self._end)
             if not self._end:
@@ -74,19 +74,6 @@ class Journal:
             place += len(line)
             yield json.loads(line)
 
-    def _lock(self) -> None:
-        """Held until the file is closed, however the process ends."""
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise DataError(f"another process works at {self.path}; wait for it, or name another --output") from None
-        except OSError as error:
-            logger.warning(f"{self.path} cannot be locked ({error.strerror}): do not start the same command twice")
-
     def _end_of_whole_lines(self) -> int:
         """Bytes of the lines that are whole, 0 if there are none of this work."""
         self._file.seek(0)
@@ -103,3 +90,21 @@ class Journal:
                 return 0
             end += len(line)
         return end
+
+
+def lock(file: BinaryIO, path: Path) -> None:
+    """Keep other processes from the same work until the file is closed, however the process ends.
+
+    Raises:
+        DataError: if another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise DataError(f"another process works at {path}; wait for it, or name another folder") from None
+    except OSError as error:
+        logger.warning(f"{path} cannot be locked ({error.strerror}): do not start the same command twice")

@@ -21,7 +21,7 @@ from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.contract.components import Source
 from mim_framework.contract.records import Sample
 from mim_framework.data.decode import MAX_PIXELS, Native, kind_of, native_of, open_image
-from mim_framework.data.file_systems import RemoteSection
+from mim_framework.data.identity import full_identity
 from mim_framework.data.journal import Journal
 from mim_framework.data.moments import Moments
 from mim_framework.data.prefetch import prefetch
@@ -160,7 +160,7 @@ def scan(
         MimError: if the journal cannot be written.
     """
     step = 1 if sample is None else max(1, -(-len(source) // sample))
-    about = {"format": FORMAT, "source": _source(source), "step": step, "max_pixels": max_pixels}
+    about = {"format": FORMAT, "source": full_identity(source), "step": step, "max_pixels": max_pixels}
     num_blocks = -(-len(source) // BLOCK)
     found = Found()
     with Journal(journal, json.loads(json.dumps(about))) as kept:
@@ -180,13 +180,6 @@ def scan(
             done += 1
             progress(min(done * BLOCK, len(source)), found)
         return Scanned(found, _duplicates(found.hashes, kept), len(source), resumed_from)
-
-
-def _source(source: Source) -> dict[str, Any]:
-    """What the findings are of: its images and options, but not how patiently a server is asked."""
-    patience = set(RemoteSection.model_fields)
-    options = json.dumps([source.name, source.config.model_dump(mode="json", exclude=patience)], sort_keys=True)
-    return {**source.identity(), "options": hashlib.sha256(options.encode()).hexdigest()}
 
 
 class _BlockReader:

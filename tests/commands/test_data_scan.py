@@ -19,8 +19,7 @@ from rich.console import Console
 from mim_framework.base.errors import DataError, MimError, RecipeError
 from mim_framework.commands.cli import main
 from mim_framework.commands.data_scan import run_scan
-from mim_framework.commands.scan_progress import ScanProgress
-from mim_framework.data.scan import Found
+from mim_framework.commands.image_progress import ImageProgress
 from mim_framework.registry.registry import Registry
 
 REGISTRY = Registry(only=())
@@ -114,17 +113,17 @@ def test_no_secret_of_an_address_is_in_the_files(tmp_path):
 
 def test_progress_is_a_line_now_and_then_or_a_bar():
     plain, clock = io.StringIO(), iter([0.0, 10.0, 31.0, 40.0])
-    with ScanProgress(console=Console(file=plain, soft_wrap=True), clock=lambda: next(clock)) as progress:
+    with ImageProgress(console=Console(file=plain, soft_wrap=True), clock=lambda: next(clock)) as progress:
         for done in (64, 96, 374, 400):
-            progress(done, 400, Found())
+            progress(done, 400, "0 broken")
     assert plain.getvalue().splitlines() == [
         "374/400 images  0 broken  10.0 images/s  ETA 0:00:03",
         "400/400 images  0 broken  8.4 images/s  ETA 0:00:00",
     ]
     terminal = io.StringIO()
-    with ScanProgress(console=Console(file=terminal, force_terminal=True, width=100)) as progress:
-        progress(5, 10, Found())
-        progress(10, 10, Found())
+    with ImageProgress(console=Console(file=terminal, force_terminal=True, width=100)) as progress:
+        progress(5, 10, "0 broken")
+        progress(10, 10, "0 broken")
     assert "10/10" in terminal.getvalue()
 
 

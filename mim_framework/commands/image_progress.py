@@ -1,4 +1,4 @@
-"""How far a scan is: a bar on a terminal, else a line now and then."""
+"""How many images are done: a bar on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from mim_framework.data.scan import Found
 
-
-class ScanProgress:
-    """Told images done, images in all, and the findings so far.
+class ImageProgress:
+    """Told images done, images in all, and what else there is to say.
 
     The bar has no thread of its own, since workers are forked beside it.
     """
@@ -34,7 +32,7 @@ class ScanProgress:
         self._began: tuple[int, float] | None = None
         self._shown_at = -math.inf
 
-    def __enter__(self) -> ScanProgress:
+    def __enter__(self) -> ImageProgress:
         if self._console.is_terminal:
             columns = (TextColumn("images"), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.description}"))
             self._bar = Bar(
@@ -48,7 +46,7 @@ class ScanProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, done: int, total: int, found: Found) -> None:
+    def __call__(self, done: int, total: int, text: str) -> None:
         now = self._clock()
         if self._began is None:  # what an earlier call has done says nothing of the speed
             self._began = done, now
@@ -58,7 +56,6 @@ class ScanProgress:
         if done < total and now - self._shown_at < every_seconds:
             return
         self._shown_at = now
-        text = f"{len(found.broken):,} broken"
         if done > self._began[0] and now > self._began[1]:
             speed = (done - self._began[0]) / (now - self._began[1])
             text += f"  {speed:,.1f} images/s  ETA {timedelta(seconds=round((total - done) / speed))}"
