@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -22,6 +24,8 @@ logger = plain_logger(__name__)
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 """DINOv2's, for 256 images a step."""
+PASSES, FEWEST_STEPS, MOST_STEPS = 100, 1_000, 12_500
+"""Passes over the train images, and the steps that they make at least and at most: DINOv2 has 12,500 for ImageNet."""
 
 Kind = Literal["mean", "cls", "cls+mean"]
 
@@ -50,12 +54,14 @@ class Linear(Evaluation):
         `logistic` takes one number."""
         layers: tuple[int, ...] = ()
         """Blocks whose outputs stand side by side, in the place of `blocks`."""
-        rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = RATES
-        """Learning rates for 256 images a step; those of another `batch_size` follow from them."""
+        rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
+        """Learning rates for 256 images a step; those of another `batch_size` follow from them. By default DINOv2's 13
+        from 1e-5 to 0.1, and of fewer than its 12,500 steps as much higher, so that classifiers come as far."""
         batch_size: int = Field(128, gt=0)
         """Images of a step. DINOv2 has 128 on each of 8 GPUs."""
-        steps: int = Field(12_500, gt=0)
-        """Steps of the sweep, over which the rates fall to 0 as half a cosine."""
+        steps: int | None = Field(None, gt=0)
+        """Steps of the sweep, over which the rates fall to 0 as half a cosine. By default 100 passes over the train
+        images, but 1,000 steps at least, and DINOv2's 12,500 at most, which 16,000 images reach."""
         choose_on: Literal["train", "test"] = "train"
         """Where the best classifier or penalty is found: `train` keeps a tenth of these images aside for it; `test`
         makes the number an upper bound, and its name says so. `logistic` takes `train` only."""
@@ -106,33 +112,45 @@ class Linear(Evaluation):
     ) -> dict[str, float]:
         c, on_test = self.config, self.config.choose_on == "test"
         aside = torch.zeros_like(held_out) if on_test else held_out
+        steps = self._steps(int((~aside).sum()))
+        rates = c.rates or tuple(rate * max(1.0, MOST_STEPS / steps) for rate in RATES)
         best: _Best | None = None
         num_diverged = 0
         for (_, count), (train, test) in kinds.items():
-            sweep = self._trained(train.x[~aside], train.y[~aside], int(train.y.max()) + 1)
+            sweep = self._trained(train.x[~aside], train.y[~aside], int(train.y.max()) + 1, rates, steps)
             x, y = (test.x, test.y) if on_test else (train.x[held_out], train.y[held_out])
             right, finite = rightly_classified(sweep, x, y)
             num_diverged += int((~finite).sum())
             found = int(right.argmax())
             if bool(finite[found]) and (best is None or int(right[found]) > best.right):
-                best = _Best(int(right[found]), c.rates[found], count, linear_scores(sweep, found, test.x), test.y)
+                best = _Best(int(right[found]), rates[found], count, linear_scores(sweep, found, test.x), test.y)
         if best is None:
-            raise DataError(f"linear: all classifiers diverged, from a rate of {min(c.rates):g} on; give lower rates")
+            raise DataError(f"linear: all classifiers diverged, from a rate of {min(rates):g} on; give lower rates")
         if num_diverged and subject.world.is_main:
-            total = len(kinds) * len(c.rates)
+            total = len(kinds) * len(rates)
             logger.warning(f"linear: {num_diverged} of {total} classifiers diverged; they are left out of the choice")
+        if best.rate == max(rates) and len(rates) > 1 and subject.world.is_main:
+            more = "higher ones may be better: linear.rates=[...], or take linear.solver=logistic"
+            logger.warning(
+                f"linear: the highest of the rates, {best.rate:g}, was the best; to see what is beyond, {more}"
+            )
         name = "_best_on_test" if on_test else ""
         shares: dict[str, float] = {f"{each}{name}": share for each, share in top_shares(best.scores, best.y).items()}
         return {**shares, "lr": best.rate, "blocks": float(best.blocks)}
 
-    def _trained(self, x: Tensor, y: Tensor, num_classes: int) -> Sweep:
+    def _steps(self, num_images: int) -> int:
+        """How many steps classifiers learn from that many images."""
+        passes = math.ceil(PASSES * num_images / self.config.batch_size)
+        return self.config.steps or min(max(passes, FEWEST_STEPS), MOST_STEPS)
+
+    def _trained(self, x: Tensor, y: Tensor, num_classes: int, rates: Sequence[float], steps: int) -> Sweep:
         """x (n, D), y (n,) -> classifiers, one for each rate."""
-        c = self.config
+        batch_size = self.config.batch_size
         generator = torch.Generator().manual_seed(0)
-        rates = [rate * c.batch_size / 256 for rate in c.rates]
-        sweep = Sweep.begin(x.shape[1], num_classes, rates, generator=generator, device=x.device)
-        for done, rows in enumerate(batches(len(x), c.batch_size, c.steps, generator)):
-            sweep.step(x[rows.to(x.device)], y[rows.to(y.device)], half_cosine(done, c.steps))
+        of_batch = [rate * batch_size / 256 for rate in rates]
+        sweep = Sweep.begin(x.shape[1], num_classes, of_batch, generator=generator, device=x.device)
+        for done, rows in enumerate(batches(len(x), batch_size, steps, generator)):
+            sweep.step(x[rows.to(x.device)], y[rows.to(y.device)], half_cosine(done, steps))
         return sweep
 
 

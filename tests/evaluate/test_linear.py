@@ -15,7 +15,7 @@ from mim_framework.base.errors import DataError
 from mim_framework.contract.evaluation import Features
 from mim_framework.contract.records import Ask
 from mim_framework.evaluate.labelled import tenth_of
-from mim_framework.evaluate.linear import Linear, rightly_classified
+from mim_framework.evaluate.linear import RATES, Linear, rightly_classified
 from mim_framework.evaluate.sweep import Sweep, batches, half_cosine
 
 QUICK = {"steps": 100, "batch_size": 32, "rates": (1e-3, 0.1, 1.0)}
@@ -120,6 +120,33 @@ def test_classifiers_that_diverged_are_counted_and_never_chosen(caplog):
     assert "linear: 1 of 2 classifiers diverged; they are left out of the choice" in caplog.text
     with pytest.raises(DataError, match=r"all classifiers diverged, from a rate of 1e\+39 on; give lower rates"):
         numbers_of(train, test, rates=(1e39,))
+
+
+def test_steps_follow_from_the_images_and_the_rates_from_the_steps():
+    linear = Linear(Linear.Config())
+    assert [linear._steps(count) for count in (10, 1_280, 1_294, 2_560, 10**6)] == [1_000, 1_000, 1_011, 2_000, 12_500]
+    assert Linear(Linear.Config(steps=7))._steps(10**6) == 7
+    assert Linear(Linear.Config(batch_size=32))._steps(1_280) == 4_000
+    told = Linear(Linear.Config(steps=125))(subject_of(blobs(40), blobs(40, seed=1)))
+    assert told["lr"] == pytest.approx(min(RATES, key=lambda rate: abs(rate * 100 - told["lr"])) * 100)
+
+
+def test_features_of_small_scale_come_as_far_in_few_steps_as_in_many():
+    train, test = (Features(0.02 * each.x, each.y) for each in (blobs(200, spread=0.6), blobs(200, spread=0.6, seed=1)))
+    few, many = (Linear(Linear.Config(steps=steps))(subject_of(train, test))["top1"] for steps in (100, 2_000))
+    assert few == pytest.approx(many, abs=0.01)
+    as_they_are = Linear(Linear.Config(steps=100, rates=RATES))(subject_of(train, test))["top1"]
+    assert as_they_are < few - 0.05
+
+
+def test_the_highest_of_the_rates_is_told_where_it_is_the_best(caplog):
+    train, test = (Features(0.02 * each.x, each.y) for each in (blobs(200, spread=0.6), blobs(20, seed=1)))
+    assert numbers_of(train, test, rates=(1e-6, 1.0))["lr"] == 1.0
+    text = "linear: the highest of the rates, 1, was the best; higher ones may be better: linear.rates=[...], or take"
+    assert text in caplog.text
+    caplog.clear()
+    numbers_of(train, test, rates=(1e-3,))
+    assert not caplog.text
 
 
 def test_a_classifier_that_is_not_finite_has_nothing_right():
