@@ -223,7 +223,7 @@ def _load_without_code(path: Path) -> Any:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named is None:
             raise CheckpointError(
-                f"{path} cannot be read as a torch checkpoint: {str(error).splitlines()[0]}"
+                f"{path} is neither a safetensors file nor a torch checkpoint of tensors and plain data"
             ) from error
         raise CheckpointError(
             f"{path} is refused: it is no plain data, loading it would run '{named[1]}'. If you trust its source, save "
