@@ -128,7 +128,7 @@ def _rows(judged: Judged, evaluation: str, number: str, variants: list[str]) -> 
 def _shown(value: float | None) -> str:
     if value is None:
         return "-"
-    text = f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
+    text = f"{value:.4f}" if 0.01 <= abs(value) < 100 or isinstance(value, Estimate) else f"{value:.4g}"
     return f"{text} [{value.low:.4f}, {value.high:.4f}]" if isinstance(value, Estimate) else text
 
 
@@ -149,6 +149,8 @@ def _said(judged: Judged, *, name: bool) -> Iterator[str]:
     counts = ", ".join(f"{len(source):,} {purposes[split]} ({source.name})" for split, source in sources)
     yield f"images: {counts}{of}"
     yield f"overlap: {judged.overlap}{of}"
+    if judged.opened.origin.kind == "random":
+        yield f"{judged.subject} has random weights: what stands under 'trained' is an untrained encoder"
 
 
 def _read(asked: Sequence[Asked], encoder: Encoder) -> str:

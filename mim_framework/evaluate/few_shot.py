@@ -14,7 +14,7 @@ from mim_framework.base.section import Section
 from mim_framework.contract.evaluation import Estimate, Evaluation, Subject, check_features
 from mim_framework.contract.specs import EncoderSpec
 from mim_framework.evaluate.knn import nearest, votes_of
-from mim_framework.evaluate.labelled import Labelled, labelled_features
+from mim_framework.evaluate.labelled import Labelled, class_name, labelled_features
 from mim_framework.evaluate.logistic import fit
 
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -57,6 +57,7 @@ class FewShot(Evaluation):
     def __call__(self, subject: Subject) -> dict[str, float]:
         c = self.config
         data = labelled_features(subject, pool=c.pool, max_train=c.max_train, max_test=c.max_test)
+        check_counts(subject, data.train.y, max(c.n))
         numbers: dict[str, float] = {}
         for n in dict.fromkeys(c.n):
             rows = [draw_rows(data.train.y, n, seed) for seed in range(c.draws)]
@@ -77,6 +78,22 @@ class FewShot(Evaluation):
         scale = (x - mean).std().clamp_min(1e-12)
         classifier = fit((x - mean) / scale, data.train.y[rows], c=self.config.c, num_classes=data.num_classes)
         return _share(classifier((data.test.x - mean) / scale).argmax(1), data.test.y)
+
+
+def check_counts(subject: Subject, y: Tensor, n: int) -> None:
+    """Whether each class of the labels y (N,) has n images to be drawn.
+
+    Raises:
+        DataError: naming the class with the fewest.
+    """
+    labels, counts = y.unique(return_counts=True)
+    fewest = int(counts.argmin())
+    if (count := int(counts[fewest])) < n:
+        name = class_name(subject, int(labels[fewest]))
+        raise DataError(
+            f"few_shot.n asks for {n} images of each class, and class {name} has {count:,} labelled train images; "
+            f"use {count} or fewer"
+        )
 
 
 def draw_rows(y: Tensor, n: int, seed: int) -> Tensor:

@@ -64,12 +64,12 @@ def check_labels(subject: Subject, train_y: Tensor, test_y: Tensor, max_train: i
     found = train_y.unique().tolist()
     few = f" of {len(train_y):,} (max_train is {max_train:,}; raise it)" if len(train_y) == max_train else ""
     if len(found) < 2:
-        name = _class_name(subject, found[0])
+        name = class_name(subject, found[0])
         raise DataError(f"all labelled train images{few} are of one class, {name}; at least two are needed")
     if missing := sorted(set(test_y.unique().tolist()) - set(found)):
         count = int((test_y == missing[0]).sum())
         raise DataError(
-            f"class {_class_name(subject, missing[0])} has test images ({count:,}) and no labelled train image{few}; "
+            f"class {class_name(subject, missing[0])} has test images ({count:,}) and no labelled train image{few}; "
             "both splits need the same classes"
         )
 
@@ -123,7 +123,7 @@ def _named(name: str | None) -> str:
     return "missing" if name is None else f"'{name}'"
 
 
-def _class_name(subject: Subject, label: int) -> str:
+def class_name(subject: Subject, label: int) -> str:
     """'name' of a class, or its number where the source has no names."""
     names = subject.source("train").classes
     return f"'{names[label]}'" if names is not None and label < len(names) else str(label)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -30,7 +31,7 @@ class Constant(Evaluation):
     of_pixels = False
 
     def __call__(self, subject):
-        return {"layer0_rank": 12.5, "layer1_rank": 250.25, "nothing": float("nan")}
+        return {"layer0_rank": 12.5, "layer1_rank": 250.25, "nothing": float("nan"), "small": -2.5e-6}
 
 
 def printed(judged: list[Judged]) -> list[str]:
@@ -278,6 +279,7 @@ def test_numbers_of_layers_stand_below_each_other_and_what_is_not_measured_is_a_
         "constant nothing | untrained | trained",
         f"{run_dir} (step 7) | nan | nan",
     ]
+    assert f"{run_dir} (step 7) | -2.5e-06 | -2.5e-06" in rows
     knn, constant = map(json.loads, (run_dir / "evaluations.jsonl").read_text().splitlines())
     assert constant["numbers"]["trained"]["nothing"] == {"value": None}
     assert constant["features"] == []
@@ -339,3 +341,6 @@ def test_an_encoder_that_comes_from_no_run_needs_images_and_its_record_is_not_ke
     assert printed(judged)[-1] == "not kept, as there is no run directory; --json prints the record: timm:x"
     assert str(judged[0].overlap).endswith("is not known: the encoder comes from no run")
     assert not (run_dir / "evaluations.jsonl").exists()
+    opened.origin = replace(opened.origin, kind="random")
+    judged = evaluate(["knn"], ["timm:x"], ["knn.k=1"], registry, options=options)
+    assert "timm:x has random weights: what stands under 'trained' is an untrained encoder" in printed(judged)

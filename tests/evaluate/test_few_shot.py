@@ -64,7 +64,7 @@ def test_scale_and_shift_of_features_do_not_matter_to_the_regression():
 
 
 def test_fewer_images_than_labels_wanted_are_told():
-    text = "n is 5, but class 0 has 3 labelled train images; use a smaller n"
+    text = "few_shot.n asks for 5 images of each class, and class 0 has 3 labelled train images; use 3 or fewer"
     with pytest.raises(DataError, match=re.escape(text)):
         numbers_of(blobs(3), blobs(3), n=[5])
 
