@@ -167,13 +167,13 @@ class _Judge:
 
     def __init__(self, names: Sequence[str], options: Options, registry: Registry) -> None:
         self.names, self.options, self.registry = names, options, registry
-        self._prepared: tuple[Recipe, Splits, Overlap] | None = None
+        self._prepared: tuple[Recipe, Splits, Overlap, Overlap | None] | None = None
         self._before: dict[str, dict[str, Reading]] = {}
 
     def __call__(self, named: Named) -> Judged:
         if self._prepared is None:
             self._prepared = self._prepare(named)
-        recipe, splits, overlap = self._prepared
+        recipe, splits, overlap, in_train = self._prepared
         readings = {**self._before}
         for variant, subject in self._variants(named, recipe, splits):
             if variant not in readings:
@@ -184,9 +184,9 @@ class _Judge:
             of_each = {variant: found[choice.type] for variant, found in readings.items() if choice.type in found}
             own = {key: each for key, each in choice.model_dump(mode="json").items() if key not in OF_A_RUN}
             made.append(Made(own, of_each[TRAINED].asked, {each: found.numbers for each, found in of_each.items()}))
-        return Judged(named.subject, named.run_dir, named.step, named.opened, splits, overlap, tuple(made))
+        return Judged(named.subject, named.run_dir, named.step, named.opened, splits, overlap, tuple(made), in_train)
 
-    def _prepare(self, named: Named) -> tuple[Recipe, Splits, Overlap]:
+    def _prepare(self, named: Named) -> tuple[Recipe, Splits, Overlap, Overlap | None]:
         """What is measured on which images, once for all checkpoints; everything that is wrong is told here."""
         changes = _changes(self.options, self.names, self.registry)
         own = named.opened.recipe
@@ -204,7 +204,7 @@ class _Judge:
                 raise DataError(f"{place}: {lacking}")
             if evaluation.of_classifier:
                 self._check_classifier(place, named, splits)
-        return recipe, splits, _overlap(splits, own, self.registry)
+        return recipe, splits, _overlap(splits, own, self.registry), _in_train(splits)
 
     def _check_classifier(self, place: str, named: Named, splits: Splits) -> None:
         """
@@ -277,6 +277,13 @@ def _overlap(splits: Splits, trained_by: Recipe | None, registry: Registry) -> O
     except MimError as error:
         return Overlap(len(test), 0, not_compared=f"those of pre-training cannot be read: {error}")
     return find_overlap(test, trained_on)
+
+
+def _in_train(splits: Splits) -> Overlap | None:
+    """The images to be tested on that are also there to learn from; None without both splits."""
+    if (test := splits.sources.get("test")) is None or (train := splits.sources.get("train")) is None:
+        return None
+    return replace(find_overlap(test, train), among="those to learn from")
 
 
 def _changes(options: Options, names: Sequence[str], registry: Registry) -> list[str]:

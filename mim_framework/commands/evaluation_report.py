@@ -56,6 +56,8 @@ class Judged:
     splits: Splits
     overlap: Overlap
     made: tuple[Made, ...]
+    in_train: Overlap | None = None
+    """The test images that are also there to learn from; None without both splits."""
 
     @property
     def encoder(self) -> Encoder:
@@ -149,6 +151,8 @@ def _said(judged: Judged, *, name: bool) -> Iterator[str]:
     counts = ", ".join(f"{len(source):,} {purposes[split]} ({source.name})" for split, source in sources)
     yield f"images: {counts}{of}"
     yield f"overlap: {judged.overlap}{of}"
+    if judged.in_train is not None and judged.in_train.names:
+        yield f"overlap: {judged.in_train}; of these the numbers are no test{of}"
     if judged.opened.origin.kind == "random":
         yield f"{judged.subject} has random weights: what stands under 'trained' is an untrained encoder"
 
@@ -204,6 +208,7 @@ def _records(judged: Judged, registry: Registry) -> Iterator[dict[str, Any]]:
             "num_test": judged.overlap.num_test,
             "names": None if judged.overlap.not_compared else list(judged.overlap.names),
             "not_compared": judged.overlap.not_compared or None,
+            "in_train": None if judged.in_train is None else list(judged.in_train.names),
         },
         "versions": {"python": facts["python"], **facts["packages"], **facts["plugins"]},
     }

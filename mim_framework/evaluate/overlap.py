@@ -1,4 +1,4 @@
-"""Whether an encoder was trained on the very images that it is tested on. Start at `find_overlap`."""
+"""Whether the very images that are tested on were seen in training or by a classifier. Start at `find_overlap`."""
 
 from __future__ import annotations
 
@@ -25,25 +25,27 @@ class NotComparable(TypeError):
 
 @dataclass(frozen=True)
 class Overlap:
-    """The test images that are also among those of pre-training, by name, in order.
+    """The test images that are also among those of pre-training, or among others, by name, in order.
 
-    `not_compared`: why the two could not be compared; then there are no names.
+    `not_compared`: why the two could not be compared; then there are no names. `among`: which others, in words.
     """
 
     num_test: int
     num_trained_on: int
     names: tuple[str, ...] = ()
     not_compared: str = ""
+    among: str = "those of pre-training"
 
     def __str__(self) -> str:
         if self.not_compared:
-            what = f"whether the {self.num_test:,} test images are among those of pre-training"
+            what = f"whether the {self.num_test:,} test images are among {self.among}"
             return f"{what} is not known: {self.not_compared}"
         if not self.names:
-            return f"none of the {self.num_test:,} test images is among the {self.num_trained_on:,} of pre-training"
+            others = self.among.replace("those", f"the {self.num_trained_on:,}")
+            return f"none of the {self.num_test:,} test images is among {others}"
         more = f" and {len(self.names) - NAMES_SHOWN:,} more" if len(self.names) > NAMES_SHOWN else ""
         named = f"{', '.join(self.names[:NAMES_SHOWN])}{more}"
-        return f"{len(self.names):,} of the {self.num_test:,} test images are also among those of pre-training: {named}"
+        return f"{len(self.names):,} of the {self.num_test:,} test images are also among {self.among}: {named}"
 
 
 def find_overlap(test: Source, trained_on: Source) -> Overlap:

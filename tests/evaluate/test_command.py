@@ -233,6 +233,18 @@ def test_test_images_that_pre_training_saw_are_counted_and_named(make_run, regis
     assert len(judged.overlap.names) == 9
 
 
+def test_test_images_that_are_also_there_to_learn_from_are_counted_and_named(make_run, registry, tmp_path):
+    run_dir = make_run()
+    options = Options(train=f"{tmp_path}/test", test=f"{tmp_path}/test")
+    [judged] = evaluate(["knn"], [run_dir], registry=registry, options=options)
+    found = [line for line in printed([judged]) if "learn from: " in line]
+    assert len(found) == 1
+    assert found[0].startswith("overlap: 6 of the 6 test images are also among those to learn from: ")
+    assert found[0].endswith(" and 1 more; of these the numbers are no test")
+    record = json.loads((run_dir / "evaluations.jsonl").read_text())
+    assert (record["overlap"]["names"], len(record["overlap"]["in_train"])) == ([], 6)
+
+
 def test_pre_training_images_that_are_gone_are_told(make_run, registry, tmp_path):
     run_dir = make_run()
     (tmp_path / "train").rename(tmp_path / "moved")
@@ -307,7 +319,7 @@ def test_a_record_says_what_was_measured_of_what_and_with_what(make_run, registr
     test = record["data"]["test"]
     assert (test["source"], test["options"]["root"]) == ("folder", f"{tmp_path}/test")
     assert (test["num_images"], test["num_classes"], len(test["names"])) == (6, 3, 64)
-    assert record["overlap"] == {"num_test": 6, "names": [], "not_compared": None}
+    assert record["overlap"] == {"num_test": 6, "names": [], "not_compared": None, "in_train": []}
     assert {"torch", "mim-framework", "python"} <= record["versions"].keys()
     assert record["date"].endswith("+00:00")
 
