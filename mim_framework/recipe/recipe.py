@@ -176,9 +176,16 @@ class Recipe(Section):
 
     def doubts(self, epochs: float) -> list[str]:
         """What is allowed but hardly meant, in a run of so many epochs; `assembly.doubts` has more to say."""
-        return [
+        found = [
             f"the warm-up of optimizer '{name}', {section.warmup_epochs:g} epochs, is no shorter than the run of "
             f"{epochs:g}: the learning rate stays below its peak"
             for name, section in self.named_optimizers().items()
             if section.warmup_epochs >= epochs
         ]
+        names, best = [choice.type for choice in self.evaluate], self.checkpoint.keep_best
+        if best is not None and not any(best.startswith(f"{name}_") for name in names):
+            given = f"those of {', '.join(names)} begin with these names" if names else "'evaluate' is empty"
+            found.append(f"checkpoint.keep_best is '{best}', which no evaluation gives; {given}: no best state is kept")
+        if self.init is None and "encoder.*" in self.train.frozen:
+            found.append("train.frozen holds the whole encoder and no 'init' gives it weights of an earlier run")
+        return found

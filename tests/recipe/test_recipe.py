@@ -281,6 +281,24 @@ def test_a_warm_up_that_lasts_the_whole_run_is_doubted(write):
     assert doubt.startswith("the warm-up of optimizer 'main', 2 epochs, is no shorter than the run of 2: the learning")
 
 
+def test_a_best_number_that_no_evaluation_gives_is_doubted(write):
+    recipe = load_recipe(write(GOOD), ["checkpoint.keep_best=acc", "evaluate=[{type: knn}]"], REGISTRY)
+    text = "checkpoint.keep_best is 'acc', which no evaluation gives; those of knn begin with these names: no best"
+    assert [doubt.startswith(text) for doubt in recipe.doubts(epochs=2)] == [True]
+    [doubt] = load_recipe(write(GOOD), ["checkpoint.keep_best=knn_top1", "evaluate=[]"], REGISTRY).doubts(epochs=2)
+    assert "'evaluate' is empty" in doubt
+    recipe = load_recipe(write(GOOD), ["checkpoint.keep_best=knn_top1", "evaluate=[{type: knn}]"], REGISTRY)
+    assert recipe.doubts(epochs=2) == []
+
+
+def test_a_frozen_encoder_without_weights_of_an_earlier_run_is_doubted(write):
+    recipe = load_recipe(write(GOOD), ["train.frozen=['encoder.*']"], REGISTRY)
+    assert recipe.doubts(epochs=2) == [
+        "train.frozen holds the whole encoder and no 'init' gives it weights of an earlier run"
+    ]
+    assert load_recipe(write(GOOD), ["train.frozen=['encoder.*']", "init=runs/a"], REGISTRY).doubts(epochs=2) == []
+
+
 def test_overrides_change_values_slots_and_lists(write):
     overrides = [
         "masker=none",
