@@ -384,7 +384,7 @@ RATES_OF_PROTOCOLS = {
     "mae_partial": 4e-3,
     "mae_low_shot": 2e-3,
     "mae_finetune_quickstart": 2e-3,
-    "mae_linear_quickstart": 0.025,
+    "mae_linear_quickstart": 6.4,
 }
 
 
