@@ -135,7 +135,7 @@ class Segment(Evaluation):
         """Of train and test images.
 
         Raises:
-            DataError: if there are none with a mask.
+            DataError: if there are none with a mask, or a mask is of images of both splits.
         """
         c, sources = self.config, _both(subject)
         folders: dict[Split, Path] = {"train": Path(c.masks), "test": Path(c.eval_masks or c.masks)}
@@ -154,6 +154,13 @@ class Segment(Evaluation):
                 raise DataError(f"{text}'{mask_name(sources[split].read(0).name)}'") from error
             masks = [masked[split].mask(index, subject.views, geometry, size) for index in features.y.tolist()]
             found.append(Patches(features.x, torch.stack(masks).to(subject.device), grid))
+        if isinstance(subject, EncoderSubject):
+            subject.asked.update(own.asked)
+        if shared := sorted(masked["train"].used & masked["test"].used):
+            raise DataError(
+                f"segment: mask {shared[0]} is that of a train and of a test image; name the masks of test images by "
+                "segment.eval_masks=FOLDER, and test on other images than those to learn from"
+            )
         return found[0], found[1]
 
 
@@ -173,6 +180,8 @@ class MaskedSource(Source):
         super().__init__(source.config)
         self.inner, self.folder = source, folder
         self.name, self.blocks, self.remote = source.name, source.blocks, source.remote
+        self.used: set[Path] = set()
+        """The masks that were read."""
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -197,6 +206,7 @@ class MaskedSource(Source):
         """
         sample = self.inner.read(index)
         path = self.folder / mask_name(sample.name)
+        self.used.add(path)
         ids = read_mask(path)
         shown = geometry.image_size(sample)
         if ids.shape != shown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,23 @@ def test_what_is_wrong_with_masks_is_told(folder):
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
     with pytest.raises(DataError, match=r"the masks below '.*masks' show one class; at least two are needed"):
         numbers_of(subject_of(folder), folder)
+
+
+def test_a_mask_of_images_of_both_splits_is_refused(folder):
+    shutil.copytree(folder / "masks", folder / "all_masks")
+    shutil.copytree(folder / "test_masks", folder / "all_masks", dirs_exist_ok=True)
+    both = str(folder / "all_masks")
+    text = (
+        r"segment: mask \S+\.png is that of a train and of a test image; name the masks of"
+    )
+    with pytest.raises(DataError, match=text):
+        numbers_of(subject_of(folder), folder, masks=both, eval_masks=None)
+
+
+def test_what_is_read_is_known_to_the_subject(folder):
+    subject = subject_of(folder)
+    numbers_of(subject, folder)
+    assert list(subject.asked) == [("tokens", ())]
 
 
 def test_an_encoder_of_clips_is_refused():
