@@ -131,9 +131,7 @@ class Linear(Evaluation):
             logger.warning(f"linear: {num_diverged} of {total} classifiers diverged; they are left out of the choice")
         if best.rate == max(rates) and len(rates) > 1 and subject.world.is_main:
             more = "higher ones may be better: linear.rates=[...], or take linear.solver=logistic"
-            logger.warning(
-                f"linear: the highest of the rates, {best.rate:g}, was the best; to see what is beyond, {more}"
-            )
+            logger.warning(f"linear: the highest of the rates, {best.rate:g}, was the best; {more}")
         name = "_best_on_test" if on_test else ""
         shares: dict[str, float] = {f"{each}{name}": share for each, share in top_shares(best.scores, best.y).items()}
         return {**shares, "lr": best.rate, "blocks": float(best.blocks)}

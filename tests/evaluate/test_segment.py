@@ -139,9 +139,7 @@ def test_a_mask_of_images_of_both_splits_is_refused(folder):
     shutil.copytree(folder / "masks", folder / "all_masks")
     shutil.copytree(folder / "test_masks", folder / "all_masks", dirs_exist_ok=True)
     both = str(folder / "all_masks")
-    text = (
-        r"segment: mask \S+\.png is that of a train and of a test image; name the masks of"
-    )
+    text = r"segment: mask \S+\.png is that of a train and of a test image; name the masks of"
     with pytest.raises(DataError, match=text):
         numbers_of(subject_of(folder), folder, masks=both, eval_masks=None)
 
