@@ -14,6 +14,7 @@ from mim_framework.builtins.vit import MaskTokenViT
 from mim_framework.contract.hooks import hookimpl
 from mim_framework.data.sources.digits import DigitsSource
 from mim_framework.data.sources.folder import FolderSource
+from mim_framework.data.sources.tar import TarSource
 from mim_framework.data.sources.torchvision import TorchvisionSource
 from mim_framework.data.views import ImageViews
 
@@ -55,7 +56,7 @@ def mim_views():
 
 @hookimpl
 def mim_sources():
-    return [FolderSource, DigitsSource, TorchvisionSource]
+    return [FolderSource, TarSource, DigitsSource, TorchvisionSource]
 
 
 @hookimpl

@@ -42,6 +42,8 @@ FILES_SIZED = 100_000
 """The sizes of so many files belong to the identity of the source; of more, those of an even choice."""
 KINDS_NAMED = 8
 """So many suffixes are told by name, the most frequent ones."""
+LONGEST_KIND = 40
+"""Letters of a suffix that are shown."""
 THREADS = 8
 
 
@@ -155,10 +157,7 @@ class FolderSource(Source):
             return -1
 
     def left_out(self) -> Sequence[str]:
-        named = self._skipped.most_common(KINDS_NAMED)
-        counts = [f"{count:,} {_printable(suffix) if suffix else 'without a suffix'}" for suffix, count in named]
-        if others := self._skipped.total() - sum(count for _, count in named):
-            counts.append(f"{others:,} of other suffixes")
+        counts = told_kinds(self._skipped)
         if self._store.num_hidden:
             counts.append(f"{self._store.num_hidden:,} hidden")
         return [*counts, *self._later_pages]
@@ -193,6 +192,15 @@ class FolderSource(Source):
 
         with ThreadPoolExecutor(THREADS) as pool:
             return list(pool.map(count, names))
+
+
+def told_kinds(kinds: Counter[str]) -> list[str]:
+    """Counts of files by suffix in words, the most frequent first, all others as one."""
+    named = kinds.most_common(KINDS_NAMED)
+    counts = [f"{count:,} {_printable(suffix) if suffix else 'without a suffix'}" for suffix, count in named]
+    if others := kinds.total() - sum(count for _, count in named):
+        counts.append(f"{others:,} of other suffixes")
+    return counts
 
 
 def chosen_by_list(file: Path, names: Sequence[str], root: str) -> list[str]:
@@ -257,7 +265,7 @@ def _suffix(name: str) -> str:
 
 
 def _printable(text: str) -> str:
-    return "".join(each if each.isprintable() else "?" for each in text[:20])
+    return "".join(each if each.isprintable() else "?" for each in text[:LONGEST_KIND])
 
 
 def _first_folder(name: str) -> str:
