@@ -478,6 +478,12 @@ class Source:
         """
         return [sample_or_broken(self, index) for index in indices]
 
+    def expect_blocks(self, window: int) -> None:
+        """Called before workers start, with `data.order: blocks`: samples of so many blocks are drawn at a time.
+
+        `read_many` may then keep what it reads of a block until as many others were read. By default nothing happens.
+        """
+
     def identity(self) -> dict[str, Any]:
         """What a resumed run must find again, as JSON; a checkpoint keeps it.
 

@@ -157,6 +157,8 @@ class Loader:
                 f"'{views.name}' need to mix them; use {size + -size % multiple}, for example"
             )
         self.order = sample_order(section.order, source, seed, section.order_window)
+        if section.order == "blocks":
+            source.expect_blocks(section.order_window)
         self.start_step, self.total_steps = start_step, total_steps
         self.device = device
         self.wait_seconds = 0.0

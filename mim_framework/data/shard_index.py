@@ -123,7 +123,7 @@ class ShardIndex:
             and bool((self.offsets >= BLOCK).all() and (self.sizes >= 0).all())
             and bool((self.offsets <= self.size).all() and (self.sizes <= self.size - self.offsets).all())
             and bool((self.sample_of >= 0).all() and (self.sample_of < samples).all())
-            and bool((np.diff(self.sample_of) >= 0).all())
+            and bool((np.diff(self.sample_of) >= 0).all() and (np.diff(self.offsets) > 0).all())
         )
 
     def to_bytes(self) -> bytes:
@@ -410,7 +410,8 @@ def dali_members(content: bytes, size: int) -> Iterator[Member] | None:
         return None
     within = all(each.offset >= BLOCK and 0 <= each.size <= size - each.offset for each in found)
     straight = all(each.offset % BLOCK == 0 and "\\" not in each.name for each in found)
-    return iter(found) if within and straight else None
+    rising = all(one.offset < other.offset for one, other in pairwise(found))
+    return iter(found) if within and straight and rising else None
 
 
 def index_of(

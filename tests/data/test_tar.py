@@ -19,6 +19,7 @@ from PIL import Image as pil
 from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.commands.cli import main
 from mim_framework.data import shard_index
+from mim_framework.data.order import sample_order
 from mim_framework.data.shard_index import ShardIndex, dali_members, energon_starts, make_index
 from mim_framework.data.sources.folder import IMAGE_SUFFIXES, FolderSource
 from mim_framework.data.sources.tar import TarSource
@@ -451,3 +452,76 @@ def test_remote_shards_are_read_by_offset(memory, shards, tmp_path, monkeypatch)
     assert asked == []
     assert samples(indexed) == samples(expected)
     assert [end - start - 512 for start, end in asked] == [len(png(i)) for i in range(7)]
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_are_neighbours_within_some_megabytes_of_one_shard(tmp_path):
+    sizes = [400_000, 400_000, 400_000, 3_000_000, 100]
+    pack(tmp_path / "a.tar", {f"{i}.png": bytes(size) for i, size in enumerate(sizes)})
+    pack(tmp_path / "b.tar", {"0.png": b"abc"})
+    pack(tmp_path / "c.tar", {"0.txt": b"abc"})
+    assert tar_source(tmp_path, block_mb=1).blocks == [2, 1, 1, 1, 1]
+    assert tar_source(tmp_path, block_mb=2).blocks == [3, 1, 1, 1]
+    assert tar_source(tmp_path).blocks == [5, 1]
+
+
+def test_a_block_is_one_request_and_gives_what_single_reads_give(memory, shards, tmp_path, monkeypatch):
+    run("memory://tar", "--output", tmp_path / "index")
+    source = tar_source("memory://tar", index=str(tmp_path / "index"))
+    expected = [source.read(i) for i in range(7)]
+    asked: list[str] = []
+    cat_file = type(memory).cat_file
+
+    def counting(self, path, **kwargs):
+        asked.append(path)
+        return cat_file(self, path, **kwargs)
+
+    monkeypatch.setattr(type(memory), "cat_file", counting)
+    assert source.read_many([0, 6]) == [expected[0], expected[6]]
+    assert len(asked) == 2  # one for each image, as long as nobody says that there are blocks
+    source.expect_blocks(2)
+    asked.clear()
+    drawn = [5, 0, 3, 1, 6, 2, 4]
+    assert source.read_many(drawn[:4]) + source.read_many(drawn[4:]) == [expected[i] for i in drawn]
+    assert sorted(asked) == ["/tar/part-0.tar", "/tar/part-1.tar"]
+    source.expect_blocks(1)
+    source.read_many([0, 6, 0])
+    assert len(asked) == 2 + 3  # of one that is kept, the one before is read anew
+    assert pickle.loads(pickle.dumps(source))._kept == {}
+
+
+def test_an_epoch_of_blocks_is_one_request_for_each(memory, tmp_path, monkeypatch):
+    for number in range(9):
+        pack(tmp_path / "a.tar", {f"{i}.png": png(10 * number + i) for i in range(7)})
+        memory.pipe_file(f"/nine/{number}.tar", (tmp_path / "a.tar").read_bytes())
+    source = tar_source("memory://nine")
+    source.expect_blocks(4)
+    order = sample_order("blocks", source, seed=0, window=4)
+    asked: list[str] = []
+    cat_file = type(memory).cat_file
+
+    def counting(self, path, **kwargs):
+        asked.append(path)
+        return cat_file(self, path, **kwargs)
+
+    monkeypatch.setattr(type(memory), "cat_file", counting)
+    read = [source.read_many(order.indices(range(first, min(first + 4, 63)))) for first in range(0, 63, 4)]
+    assert sorted(asked) == [f"/nine/{number}.tar" for number in range(9)]
+    assert len({sample.data for batch in read for sample in batch}) == 63
+
+
+def test_a_broken_place_in_a_block_is_that_image_alone(shards):
+    source = tar_source(shards)
+    data = bytearray((shards / "part-1.tar").read_bytes())
+    offset = int(source._parts[1].index.offsets[1])
+    data[offset - 500] ^= 1
+    (shards / "part-1.tar").write_bytes(data[: int(source._parts[1].index.offsets[3]) + 10])
+    source.expect_blocks(2)
+    found = source.read_many(range(7))
+    assert [getattr(each, "cause", None) for each in found] == [None, None, None, None, "unreadable", None, "truncated"]
+    assert found[4].name == "part-1.tar/dog/4.png"
+    (shards / "part-0.tar").unlink()
+    source.expect_blocks(1)
+    assert [each.cause for each in source.read_many([0, 1])] == ["unreadable"] * 2

@@ -12,7 +12,7 @@ import pytest
 from remote import NUM_IMAGES, STEPS, counted, hashes, pictures, trained
 from tiny import RECIPE
 
-from mim_framework.base.errors import Unreachable
+from mim_framework.base.errors import RecipeError, Unreachable
 from mim_framework.commands.index import index_shards
 from mim_framework.contract.records import Sample
 from mim_framework.data.sources.tar import TarSource
@@ -40,12 +40,14 @@ def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, source: dict[str, Any], *, workers: int = 0, ranks: int = 1) -> dict[str, str]:
+def run(
+    folder: Path, source: dict[str, Any], *, workers: int = 0, ranks: int = 1, order: str = "shuffled"
+) -> dict[str, str]:
     """Hashes of the tensors at the end."""
     content = {
         **RECIPE,
         "output_dir": str(folder),
-        "data": {"source": source, "workers": workers, "max_broken": 0.5},
+        "data": {"source": source, "workers": workers, "max_broken": 0.5, "order": order, "order_window": 2},
         "train": {**RECIPE["train"], "steps": STEPS, "batch_size": 8 // ranks},
         "checkpoint": {"every_epochs": 0, "every_steps": 5},
     }
@@ -57,9 +59,9 @@ def run(folder: Path, source: dict[str, Any], *, workers: int = 0, ranks: int = 
     return {name: each for name, each in hashes(folder).items() if name.endswith(".safetensors")}
 
 
-def leaving(error: BaseException, after: int) -> Callable[[TarSource, int], Sample]:
+def leaving(error: BaseException, after: int, of: str = "read") -> Callable[[TarSource, int], Sample]:
     """`TarSource.read` that fails for good after so many reads of a process."""
-    read, count = TarSource.read, itertools.count()
+    read, count = getattr(TarSource, of), itertools.count()
 
     def leaves(source: TarSource, index: int) -> Sample:
         if next(count) >= after:
@@ -98,3 +100,21 @@ def test_shards_train_on_two_ranks_as_a_folder_does(tmp_path, images, shards, mo
             run(tmp_path / "stopped", tar, ranks=2)
     assert run(tmp_path / "stopped", tar, workers=2, ranks=2) == expected
     assert counted(tmp_path / "stopped") == BROKEN
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_blocks_train_the_same_with_any_workers_and_after_a_stop(tmp_path, shards, monkeypatch):
+    tar = {"type": "tar", "root": str(shards)}
+    expected = run(tmp_path / "tar", tar, order="blocks")
+    assert run(tmp_path / "workers", tar, order="blocks", workers=2) == expected
+    assert run(tmp_path / "shuffled", tar) != expected
+    with monkeypatch.context() as patched:
+        patched.setattr(TarSource, "_from_block", leaving(KeyboardInterrupt(), 8 * 7 + 3, of="_from_block"))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped", tar, order="blocks")
+    with pytest.raises(RecipeError, match="data.order: blocks -> shuffled"):
+        run(tmp_path / "stopped", tar)
+    assert run(tmp_path / "stopped", tar, order="blocks", workers=2) == expected
+    two = run(tmp_path / "two", tar, order="blocks", ranks=2)
+    assert run(tmp_path / "two_workers", tar, order="blocks", ranks=2, workers=2) == two

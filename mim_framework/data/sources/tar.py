@@ -7,11 +7,11 @@ import os
 import re
 import time
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.base.paths import is_url
 from mim_framework.base.section import LocalPath, PathOrURL, Section
 from mim_framework.base.text import plain_logger
-from mim_framework.contract.components import Source
+from mim_framework.contract.components import Source, sample_or_broken
 from mim_framework.contract.records import Sample
 from mim_framework.data.file_systems import RemoteSection
 from mim_framework.data.shard_index import (
@@ -76,6 +76,10 @@ class TarSource(Source):
         index: LocalPath | None = Field(None, min_length=1)
         """Folder with the indices, as `mim data index --output` wrote it, where they do not lie beside the shards."""
 
+        block_mb: int = Field(8, ge=1)
+        """Megabytes of a shard that `data.order: blocks` reads in one request and keeps in memory, `data.order_window`
+        of them at a time in every worker; a larger image is a block by itself."""
+
         @model_validator(mode="after")
         def _fits(self) -> TarSource.Config:
             if self.storage_options and not is_url(self.root):
@@ -102,6 +106,11 @@ class TarSource(Source):
             there = f"; there are {', '.join(found)}" if (found := told_kinds(self._skipped)) else ""
             what = "images" if c.image is None else f"members '{c.image}'"
             raise DataError(f"data.source.root: no {what} in the {len(self._parts):,} shards of '{c.root}'{there}")
+        lengths = [_block_lengths(part, c.block_mb << 20) for part in self._parts]
+        self.blocks = [length for each in lengths for length in each]
+        self._block_starts = list(accumulate(self.blocks, initial=0))
+        self._window = 0
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
         self._labels: np.ndarray | None = None
         if c.labels is not None:
             self.classes, self._labels = self._classes_and_labels()
@@ -111,13 +120,61 @@ class TarSource(Source):
 
     def read(self, index: int) -> Sample:
         part, row = self._place(index)
-        name = part.name_of(row)
         offset, size = int(part.index.offsets[row]), int(part.index.sizes[row])
         try:
-            block = self.shards.store.read(part.shard, offset - BLOCK, BLOCK + size)
-            data = checked_image(block, size, int(part.index.checks[row]))
+            content = self.shards.store.read(part.shard, offset - BLOCK, BLOCK + size)
         except BrokenImage as error:
-            raise BrokenImage(name, error.cause, error.detail) from error
+            raise BrokenImage(part.name_of(row), error.cause, error.detail) from error
+        return self._sample(index, part, row, content)
+
+    def expect_blocks(self, window: int) -> None:
+        self._window = window
+        self._kept.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process gets: no bytes of blocks."""
+        return {**self.__dict__, "_kept": OrderedDict()}
+
+    def read_many(self, indices: Sequence[int]) -> list[Sample | BrokenImage]:
+        """As `Source.read_many`; where blocks are expected, each is one request, and kept while others are read."""
+        return [self._from_block(index) if self._window else sample_or_broken(self, index) for index in indices]
+
+    def _from_block(self, index: int) -> Sample | BrokenImage:
+        part, row = self._place(index)
+        number = bisect_right(self._block_starts, index) - 1
+        first = self._extent(self._block_starts[number])[0]
+        try:
+            content = self._block(number, part.shard, first)
+        except BrokenImage:  # it may be the fault of one place in it
+            return sample_or_broken(self, index)
+        start, end = self._extent(index)
+        try:
+            return self._sample(index, part, row, content[start - first : end - first])
+        except BrokenImage as error:
+            return error
+
+    def _block(self, number: int, shard: str, first: int) -> bytes:
+        """The bytes of a block, from its first header on."""
+        if number not in self._kept:
+            end = self._extent(self._block_starts[number + 1] - 1)[1]
+            content = self.shards.store.read(shard, first, end - first)
+            while len(self._kept) >= self._window:
+                self._kept.popitem(last=False)
+            self._kept[number] = content
+        self._kept.move_to_end(number)
+        return self._kept[number]
+
+    def _extent(self, index: int) -> tuple[int, int]:
+        """First byte of the header of a sample, and the end of its image."""
+        part, row = self._place(index)
+        offset = int(part.index.offsets[row])
+        return offset - BLOCK, offset + int(part.index.sizes[row])
+
+    def _sample(self, index: int, part: _Part, row: int, content: bytes) -> Sample:
+        """The sample whose header and image the content is."""
+        name = part.name_of(row)
+        try:
+            data = checked_image(content, int(part.index.sizes[row]), int(part.index.checks[row]))
         except EOFError as error:
             raise BrokenImage(name, "truncated", str(error)) from error
         except ValueError as error:
@@ -333,6 +390,17 @@ def _chosen(shard: str, index: ShardIndex, image: str | None) -> np.ndarray:
             f"say which one to take, for example data.source.image={suffix}"
         )
     return rows
+
+
+def _block_lengths(part: _Part, most: int) -> list[int]:
+    """Samples of a shard that lie within so many bytes, each time as many as there are."""
+    starts = part.index.offsets[part.rows] - BLOCK
+    ends = part.index.offsets[part.rows] + part.index.sizes[part.rows]
+    cuts = [0]
+    while cuts[-1] < len(starts):
+        end = int(np.searchsorted(ends, starts[cuts[-1]] + most, side="right"))
+        cuts.append(max(end, cuts[-1] + 1))
+    return [end - start for start, end in pairwise(cuts)]
 
 
 def _first_folder(name: str) -> str:
