@@ -155,6 +155,10 @@ def _read_exactly(file: Any, length: int) -> bytes:
     return b"".join(parts)
 
 
+_SENDS_WHOLE_FILES: set[str] = set()
+"""Roots of which this was said."""
+
+
 class RemoteStore:
     """A folder behind an fsspec URL. The file system is looked up where it is used, never sent to a worker."""
 
@@ -213,9 +217,26 @@ class RemoteStore:
                 size = _call(file_system, "info", path, seconds=limit).get("size")
                 if size is None or min(end, size) - start != len(data):
                     raise ConnectionError(f"{len(data)} bytes of {end - start}, from byte {start}")
-            return data if length is None else data[:length]  # a server without ranges gives what follows, too
+            if end is None or len(data) <= end - start:
+                return data
+            size = _call(file_system, "info", path, seconds=limit).get("size")
+            if len(data) not in (size, None if size is None else size - start):
+                raise ConnectionError(f"{len(data)} bytes of {end - start}, from byte {start}, of a file of {size}")
+            if len(data) == size:
+                self._say_whole_files()
+                return data[start:end]
+            return data[:length]  # what follows, too
 
         return self._of_file(name, once)
+
+    def _say_whole_files(self) -> None:
+        """Once a process."""
+        if self._root not in _SENDS_WHOLE_FILES:
+            _SENDS_WHOLE_FILES.add(self._root)
+            logger.warning(
+                f"{self._key}: '{self._root}' sends whole files where parts are asked for, so that a part costs all of "
+                "its file; use a server that knows ranges"
+            )
 
     def size(self, name: str) -> int:
         file_system, top = self._file_system()

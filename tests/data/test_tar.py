@@ -18,7 +18,7 @@ from PIL import Image as pil
 
 from mim_framework.base.errors import BrokenImage, DataError
 from mim_framework.commands.cli import main
-from mim_framework.data import shard_index
+from mim_framework.data import shard_index, stores
 from mim_framework.data.order import sample_order
 from mim_framework.data.shard_index import ShardIndex, dali_members, energon_starts, make_index
 from mim_framework.data.sources.folder import IMAGE_SUFFIXES, FolderSource
@@ -452,6 +452,33 @@ def test_remote_shards_are_read_by_offset(memory, shards, tmp_path, monkeypatch)
     assert asked == []
     assert samples(indexed) == samples(expected)
     assert [end - start - 512 for start, end in asked] == [len(png(i)) for i in range(7)]
+
+
+def test_a_server_without_ranges_gives_the_right_bytes_and_is_named(memory, shards, monkeypatch, caplog):
+    expected = samples(tar_source(shards))
+    with open(shards / "part-0.tar", "ab") as file:  # larger than a window
+        file.write(bytes(9 << 20))
+    memory.pipe_file("/tar/part-0.tar", (shards / "part-0.tar").read_bytes())
+    cat_file = type(memory).cat_file
+    monkeypatch.setattr(type(memory), "cat_file", lambda self, path, start=None, end=None: cat_file(self, path))
+    monkeypatch.setattr(stores, "_SENDS_WHOLE_FILES", set())
+    assert samples(tar_source("memory://tar")) == expected
+    assert caplog.text.count("sends whole files where parts are asked for") == 1
+
+
+def test_a_server_that_sends_other_lengths_is_asked_again(memory, monkeypatch):
+    cat_file, lengths = type(memory).cat_file, [8, 7]
+
+    def longer(self, path, start=None, end=None):
+        return cat_file(self, path, start=start, end=end + (lengths.pop() if lengths else 0))
+
+    monkeypatch.setattr(type(memory), "cat_file", longer)
+    monkeypatch.setattr(stores, "FIRST_WAIT", 1e-3)
+    stores.REMOTE.take()
+    whole = memory.store["/tar/part-0.tar"].getvalue()
+    assert stores.RemoteStore("memory://tar", "root").read("part-0.tar", 10, 5) == whole[10:15]
+    assert lengths == []
+    assert stores.REMOTE.take() == {"retries": 2}
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
