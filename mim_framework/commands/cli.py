@@ -330,6 +330,24 @@ def pack(settings: Settings, source: str, output: Path, format: str, **options: 
         say(line)
 
 
+@data.command("index")
+@click.argument("shards")
+@click.option("--output", type=LocalPath(path_type=Path, file_okay=False), help="Folder to write to.")
+@click.option("--label-key", default="label", show_default=True, help="Key of labels in json members.")
+@click.option("--force", is_flag=True, help="Make those anew that are there.")
+@click.pass_context
+def index_data(ctx: click.Context, shards: str, output: Path | None, label_key: str, force: bool) -> None:
+    """Find out once where every image of tar shards lies, for source `tar`, and write it beside each shard.
+
+    SHARDS is a folder or URL of .tar files, one of them, or several: 'train-{0000..0063}.tar'. Of a URL, name a folder
+    with --output and give it to data.source.index. Ends with status 1 if a shard is damaged.
+    """
+    from mim_framework.commands.index import index_shards
+
+    failed = index_shards(shards, output, label_key=label_key, force=force, report=say)
+    ctx.exit(1 if failed else 0)
+
+
 # --- what is installed -----------------------------------------------------------------------------------------------
 
 
@@ -435,29 +453,6 @@ def copy_recipe(settings: Settings, name: str, dest: Path) -> None:
     except OSError as error:
         raise MimError(f"{dest} cannot be written: {error.strerror}") from error
     say(dest)
-
-
-@main.group()
-def data() -> None:
-    """Images that a run is to read."""
-
-
-@data.command("index")
-@click.argument("shards")
-@click.option("--output", type=LocalPath(path_type=Path, file_okay=False), help="Folder to write to.")
-@click.option("--label-key", default="label", show_default=True, help="Key of labels in json members.")
-@click.option("--force", is_flag=True, help="Make those anew that are there.")
-@click.pass_context
-def index_data(ctx: click.Context, shards: str, output: Path | None, label_key: str, force: bool) -> None:
-    """Find out once where every image of tar shards lies, for source `tar`, and write it beside each shard.
-
-    SHARDS is a folder or URL of .tar files, one of them, or several: 'train-{0000..0063}.tar'. Of a URL, name a folder
-    with --output and give it to data.source.index. Ends with status 1 if a shard is damaged.
-    """
-    from mim_framework.commands.index import index_shards
-
-    failed = index_shards(shards, output, label_key=label_key, force=force, report=say)
-    ctx.exit(1 if failed else 0)
 
 
 @main.command()
