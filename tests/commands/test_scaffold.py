@@ -181,7 +181,7 @@ def test_the_plugin_that_the_guide_shows_is_the_template_and_has_at_most_60_line
 
 
 def test_all_else_that_the_guide_shows_is_in_the_template_too():
-    recipe, *sections = blocks("yaml")
+    recipe, _, *sections = blocks("yaml")
     assert recipe in RECIPE.read_text()
     assert [text.partition(":")[0] for text in sections] == ["teachers", "optimizers"]
     _, listener, contract = blocks("python")
@@ -196,12 +196,20 @@ def test_all_else_that_the_guide_shows_is_in_the_template_too():
 def test_the_sections_that_the_guide_shows_are_part_of_a_recipe(tmp_path):
     data = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text())
     del data["optim"]
-    for section in blocks("yaml")[1:]:
+    for section in blocks("yaml")[2:]:
         data |= yaml.safe_load(section)
     (tmp_path / "all.yaml").write_text(yaml.dump(data))
     recipe = load_recipe(tmp_path / "all.yaml")
     assert set(recipe.named_teachers()) == {"ema", "big"}
     assert [phase.sign for phase in recipe.named_phases()] == [1, -1]
+
+
+def test_the_protocol_that_the_guide_shows_is_a_recipe(tmp_path):
+    data = yaml.safe_load((ROOT / "recipes/mae_finetune_quickstart.yaml").read_text())
+    shown = yaml.safe_load(blocks("yaml")[1].replace("spiral_vit", "mae_vit"))
+    (tmp_path / "protocol.yaml").write_text(yaml.dump(data | shown))
+    recipe = load_recipe(tmp_path / "protocol.yaml")
+    assert (recipe.objective.type, recipe.published.value) == ("classify", 83.6)
 
 
 def test_every_command_of_the_guide_stands_in_a_block_that_is_run():
