@@ -324,13 +324,13 @@ class ImageViews(ViewBuilder):
         self.specs = {"x": ViewSpec("x", size=self.size, in_chans=self.in_chans, mean=c.mean, std=c.std)}
         jpeg_decoder(c.decoder)  # imported before workers fork, and refused here if it is missing
         self._normalisation: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self.augment: RandAugment | None = None
+        self.rand_augment: RandAugment | None = None
         self.erase = 0.0
         if isinstance(c, ImageViews.Config):  # a subclass may have options of its own, without these
             self.erase = c.erase
             if c.rand_augment is not None:
-                self.augment = RandAugment.parse(c.rand_augment)
-                self.num_random += self.augment.num_random
+                self.rand_augment = RandAugment.parse(c.rand_augment)
+                self.num_random += self.rand_augment.num_random
             self.mixing = Mixing(c.mixup, c.cutmix, c.mixup_prob, c.switch_prob)
             self.fill = tuple(round(255 * mean) for mean in c.mean)
             self.batch_multiple = 2 if c.mixup or c.cutmix else 1
@@ -363,7 +363,9 @@ class ImageViews(ViewBuilder):
         box = draw(numbers, *image.size, c.scale, c.ratio)
         flip = numbers[NUM_CROP_RANDOM] < c.flip
         x = image.crop(*box, self.size, flip, c.interpolation)
-        return {"x": x if self.augment is None else self.augment(x, numbers[NUM_CROP_RANDOM + 1 :], self.fill)}
+        return {
+            "x": x if self.rand_augment is None else self.rand_augment(x, numbers[NUM_CROP_RANDOM + 1 :], self.fill)
+        }
 
     def prepare(self, step: Step | None, batch: dict[str, Tensor]) -> Views:
         """x uint8 (B, C, H, W) on the device -> normalised float32; in training erased, and mixed with its labels."""
