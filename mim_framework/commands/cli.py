@@ -519,7 +519,12 @@ def evaluate(
         return
     from mim_framework.commands.evaluate import report
 
-    for line in report(names.split(","), judged, changes, settings.registry, as_json=as_json, **options):
+    def progress(line: str) -> None:
+        if sys.stderr.isatty():
+            say(line, err=True)
+
+    wanted = names.split(",")
+    for line in report(wanted, judged, changes, settings.registry, as_json=as_json, progress=progress, **options):
         say(line)
 
 

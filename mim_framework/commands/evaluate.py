@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,6 +71,7 @@ def evaluate(
     registry: Registry | None = None,
     *,
     options: Options = Options(),
+    progress: Callable[[str], None] = lambda line: None,
 ) -> list[Judged]:
     """Make several evaluations of several subjects; those of one subject share its features.
 
@@ -79,6 +80,7 @@ def evaluate(
     Args:
         subjects: see `open_encoder`; of a run directory, the newest checkpoint is taken.
         changes: further ones beside those of the options.
+        progress: told what is measured next.
 
     Raises:
         RecipeError: if there is no such evaluation, option, source or subject, or the encoder cannot be judged so.
@@ -89,7 +91,7 @@ def evaluate(
     options = replace(options, changes=(*options.changes, *changes))
     found = []
     for subject in subjects:
-        judge = _Judge(names, options, registry)
+        judge = _Judge(names, options, registry, progress)
         for named in opened_subjects(str(subject), options.checkpoint, registry):
             judged = judge(named)
             if judged.run_dir is not None:
@@ -105,11 +107,12 @@ def report(
     registry: Registry,
     *,
     as_json: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> Iterator[str]:
     """The lines that `mim eval` prints; see `evaluate`, and `Options` for its options."""
     told = Options(**options)
-    judged = evaluate(names, subjects, changes, registry, options=told)
+    judged = evaluate(names, subjects, changes, registry, options=told, progress=progress)
     if as_json:
         yield from records(judged, registry)
         return
@@ -165,8 +168,10 @@ def _checkpoints(run_dir: Path, wanted: str | None) -> list[Path]:
 class _Judge:
     """Judges the encoders of one subject: all checkpoints of a run, whose pixels and first weights are the same."""
 
-    def __init__(self, names: Sequence[str], options: Options, registry: Registry) -> None:
-        self.names, self.options, self.registry = names, options, registry
+    def __init__(
+        self, names: Sequence[str], options: Options, registry: Registry, progress: Callable[[str], None]
+    ) -> None:
+        self.names, self.options, self.registry, self.progress = names, options, registry, progress
         self._prepared: tuple[Recipe, Splits, Overlap, Overlap | None] | None = None
         self._before: dict[str, dict[str, Reading]] = {}
 
@@ -177,7 +182,7 @@ class _Judge:
         readings = {**self._before}
         for variant, subject in self._variants(named, recipe, splits):
             if variant not in readings:
-                readings[variant] = self._read(variant, subject, recipe)
+                readings[variant] = self._read(named, variant, subject, recipe)
         self._before = {variant: found for variant, found in readings.items() if variant != TRAINED}
         made = []
         for choice in recipe.evaluate:
@@ -243,11 +248,13 @@ class _Judge:
             )  # fmt: skip
             yield variant, PixelSubject(subject) if variant == PIXELS else subject
 
-    def _read(self, variant: str, subject: JudgedSubject, recipe: Recipe) -> dict[str, Reading]:
+    def _read(self, named: Named, variant: str, subject: JudgedSubject, recipe: Recipe) -> dict[str, Reading]:
         found = {}
         for choice in recipe.evaluate:
             cls, config = self.registry.resolve("evaluation", choice)
             if variant == TRAINED or (not cls.of_classifier and (variant != PIXELS or cls.of_pixels)):
+                step = "" if named.step is None else f" (step {named.step})"
+                self.progress(f"{named.subject}{step}, {variant.replace('_', ' ')}: {choice.type} ...")
                 found[choice.type] = measure(cls(config), subject, choice.layers)
         return found
 

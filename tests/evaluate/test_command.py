@@ -56,6 +56,13 @@ def test_a_run_is_compared_with_raw_pixels_and_its_untrained_encoder(make_run, r
     ]
 
 
+def test_what_is_measured_next_is_told(make_run, registry):
+    run_dir, told = make_run(), []
+    evaluate(["knn"], [run_dir], registry=registry, progress=told.append)
+    where = f"{run_dir} (step 7)"
+    assert told == [f"{where}, {variant}: knn ..." for variant in ("raw pixels", "untrained", "trained")]
+
+
 def test_a_checkpoint_of_a_run_is_a_subject_and_stands_beside_others(make_run, registry):
     run_dir = make_run()
     step = run_dir / "checkpoints" / "step_00000007"
