@@ -10,9 +10,9 @@ from mim_framework.assembly.opened import load_run
 from mim_framework.assembly.splits import evaluation_splits
 from mim_framework.base.errors import MimError, RecipeError
 from mim_framework.evaluate.base import EncoderSubject
-from mim_framework.evaluate.health import Health
-from mim_framework.evaluate.health_report import write_report
-from mim_framework.evaluate.health_verdicts import Judgement
+from mim_framework.evaluate.health.evaluation import Health
+from mim_framework.evaluate.health.report import write_report
+from mim_framework.evaluate.health.verdicts import Judgement
 from mim_framework.recipe.draft import with_evaluations
 from mim_framework.registry.registry import Registry
 from mim_framework.training.health import training_of

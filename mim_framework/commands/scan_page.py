@@ -8,7 +8,7 @@ from typing import Any
 
 from mim_framework.base.text import printable
 from mim_framework.data.scan_summary import ForRecipe
-from mim_framework.evaluate.health_report import POLICY
+from mim_framework.evaluate.health.report import POLICY
 
 LISTED = 200
 """So many names of a list are on the page; all are in `scan.json`."""

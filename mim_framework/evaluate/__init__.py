@@ -6,7 +6,7 @@ from mim_framework.contract.hooks import hookimpl
 from mim_framework.evaluate.accuracy import Accuracy
 from mim_framework.evaluate.attentive import Attentive
 from mim_framework.evaluate.few_shot import FewShot
-from mim_framework.evaluate.health import Health
+from mim_framework.evaluate.health.evaluation import Health
 from mim_framework.evaluate.knn import KNN
 from mim_framework.evaluate.linear import Linear
 from mim_framework.evaluate.segment import Segment

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mim_framework.evaluate.health_report import Training
+from mim_framework.evaluate.health.report import Training
 from mim_framework.recipe.recipe import Recipe
 
 

@@ -26,8 +26,8 @@ from mim_framework.checkpoints.checkpoint import Checkpoint
 from mim_framework.contract.components import Component
 from mim_framework.contract.world import World
 from mim_framework.data.loader import Batch, Loader
-from mim_framework.evaluate.health import Health
-from mim_framework.evaluate.health_report import NUM_IMAGES, write_report
+from mim_framework.evaluate.health.evaluation import Health
+from mim_framework.evaluate.health.report import NUM_IMAGES, write_report
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.recipe.recipe import Recipe
 from mim_framework.registry.registry import Registry

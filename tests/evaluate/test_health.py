@@ -22,10 +22,10 @@ from mim_framework.contract.records import Pred
 from mim_framework.contract.specs import TargetSpec
 from mim_framework.contract.world import World
 from mim_framework.evaluate.base import EncoderSubject
-from mim_framework.evaluate.health import Health, fitted, gradient_norms
-from mim_framework.evaluate.health_loss import Constant
-from mim_framework.evaluate.health_pictures import attention_map, token_colours
-from mim_framework.evaluate.health_report import MEANINGS
+from mim_framework.evaluate.health.evaluation import Health, fitted, gradient_norms
+from mim_framework.evaluate.health.loss import Constant
+from mim_framework.evaluate.health.pictures import attention_map, token_colours
+from mim_framework.evaluate.health.report import MEANINGS
 from mim_framework.recipe.draft import load_recipe
 from mim_framework.registry.registry import Registry
 from mim_framework.runtime.metrics import read_metrics

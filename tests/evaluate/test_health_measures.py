@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mim_framework.evaluate import health_measures as measures
+from mim_framework.evaluate.health import measures
 
 EQUAL = torch.eye(4).repeat(2, 1)  # four directions, equally strong
 ONE_WAY = torch.full((6, 3), 2.0)

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from mim_framework.evaluate.health_curves import curve_svg
-from mim_framework.evaluate.health_report import (
+from mim_framework.evaluate.health.curves import curve_svg
+from mim_framework.evaluate.health.report import (
     Page,
     Training,
     as_html,
@@ -20,7 +20,7 @@ from mim_framework.evaluate.health_report import (
     facts_of,
     last_numbers,
 )
-from mim_framework.evaluate.health_verdicts import Facts, judge
+from mim_framework.evaluate.health.verdicts import Facts, judge
 
 NASTY = "<script>alert(1)</script> | *a* [x](javascript:y) & \"'"
 HISTORY = [

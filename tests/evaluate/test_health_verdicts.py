@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mim_framework.evaluate.health_verdicts import SENTENCES, Facts, judge
+from mim_framework.evaluate.health.verdicts import SENTENCES, Facts, judge
 
 SOUND = {
     "relative_std": 0.2, "mean_cosine": 0.95, "rankme_centred": 20.0, "loss": 1.3, "trivial_loss": 2.4,

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mim_framework.evaluate import health_measures as measures
+from mim_framework.evaluate.health import measures
 
 CASES = pytest.mark.parametrize("path", cases("eval-health_*.safetensors"), ids=lambda path: path.stem)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative

@@ -18,11 +18,11 @@ from PIL import Image
 from mim_framework.base.errors import MimError
 from mim_framework.base.files import replace_file
 from mim_framework.contract.evaluation import Subject
-from mim_framework.evaluate import health_pictures
-from mim_framework.evaluate.health import gradient_norms
-from mim_framework.evaluate.health_curves import Curve, curve_svg
-from mim_framework.evaluate.health_measures import spikes
-from mim_framework.evaluate.health_verdicts import Facts, Judgement, judge
+from mim_framework.evaluate.health.curves import Curve, curve_svg
+from mim_framework.evaluate.health.evaluation import gradient_norms
+from mim_framework.evaluate.health.measures import spikes
+from mim_framework.evaluate.health.pictures import fixed_batch, reconstructed, seen
+from mim_framework.evaluate.health.verdicts import Facts, Judgement, judge
 
 PREFIX = "health_"
 """With which the evaluation's numbers begin in the metrics."""
@@ -119,10 +119,10 @@ def write_report(
     Raises:
         MimError: on every rank, if the files cannot be written.
     """
-    batch = health_pictures.fixed_batch(subject, NUM_IMAGES)
+    batch = fixed_batch(subject, NUM_IMAGES)
     found = {
-        "Tokens as colours, and where the last block looks": health_pictures.seen(subject, batch),
-        "Reconstructions": health_pictures.reconstructed(subject, batch),
+        "Tokens as colours, and where the last block looks": seen(subject, batch),
+        "Reconstructions": reconstructed(subject, batch),
     }
     pictures = {title: picture for title, picture in found.items() if picture is not None}
     absent = dict.fromkeys(found.keys() - pictures.keys(), NO_PICTURE)

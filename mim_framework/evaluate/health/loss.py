@@ -18,7 +18,7 @@ from mim_framework.contract.evaluation import Method, Split, Subject
 from mim_framework.contract.mask import Mask, repeated_rows
 from mim_framework.contract.records import Latent, Masked, Measured, Outcome, Pred, Views
 from mim_framework.contract.step import Step
-from mim_framework.evaluate.health_passes import a_choice, chunks, kept_aside, on_device, summed
+from mim_framework.evaluate.health.passes import a_choice, chunks, kept_aside, on_device, summed
 
 FITTED = frozenset({"dense", "ids", "probs"})
 """Kinds of target for which there is a constant prediction."""

@@ -10,7 +10,7 @@ from mim_framework.contract.evaluation import Subject
 from mim_framework.contract.mask import Grid
 from mim_framework.contract.records import Ask
 from mim_framework.data.loader import evaluation_batches
-from mim_framework.evaluate.health_passes import encoded, kept_aside, on_device
+from mim_framework.evaluate.health.passes import encoded, kept_aside, on_device
 from mim_framework.evaluate.pictures import flat, reconstruction_picture
 from mim_framework.evaluate.reconstruct import reconstruct
 

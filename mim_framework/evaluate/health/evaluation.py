@@ -1,7 +1,7 @@
 """The evaluation `health`: whether a run goes well, without labels. Start at `Health.__call__`.
 
 Its numbers are curves of one run and never a ranking of methods: docs/health.md says what each means, and
-`health_verdicts` what follows from them.
+`verdicts` what follows from them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from mim_framework.base.text import plain_logger
 from mim_framework.contract.evaluation import Evaluation, Method, Subject, check_features
 from mim_framework.contract.records import Ask
 from mim_framework.contract.specs import EncoderSpec
-from mim_framework.evaluate import health_loss
-from mim_framework.evaluate import health_measures as measures
 from mim_framework.evaluate.base import evaluation_mode
-from mim_framework.evaluate.health_passes import a_choice, chunks, encoded, gathered, kept_aside, summed
+from mim_framework.evaluate.health import loss, measures
+from mim_framework.evaluate.health.passes import a_choice, chunks, encoded, gathered, kept_aside, summed
 
 logger = plain_logger(__name__)
 
@@ -155,7 +154,7 @@ class Health(Evaluation):
             self._leave_out(subject, "loss", why)
             return {}
         with subject.frozen():
-            found = health_loss.of(subject, method, count)
+            found = loss.of(subject, method, count)
         for what, why in found.left_out.items():
             self._leave_out(subject, what, why)
         return found.numbers
