@@ -29,6 +29,8 @@ FORMAT = 1
 """Version of a record."""
 POOLS = {"mean": "the mean of patch tokens", "cls": "the class token", "tokens": "every patch token"}
 NORMS = {True: "after its last norm", False: "without a norm", None: "as it hands it out"}
+MANY = 8
+"""Numbers of an evaluation from which on those of one subject stand in one table."""
 _OF_LAYER = re.compile(r"layer(\d+)_(.+)")
 
 
@@ -82,15 +84,25 @@ class Judged:
 
 
 def tables(judged: Sequence[Judged]) -> Iterator[str]:
-    """A table for every number, with a row for every subject and layer, and what was read of which images."""
-    for evaluation, number in dict.fromkeys(
-        (made.name, _without_layer(name)) for each in judged for made in each.made for name in _names(made)
-    ):
-        rows = [[f"{evaluation} {number}", *_variants(judged, evaluation)]]
-        for each in judged:
-            rows += _rows(each, evaluation, number, rows[0][1:])
-        yield from _aligned(rows)
-        yield ""
+    """A table for every number, with a row for every subject and layer, and what was read of which images.
+
+    Many numbers of one subject stand in one table, a row each.
+    """
+    for evaluation in dict.fromkeys(made.name for each in judged for made in each.made):
+        made = [made for each in judged for made in each.made if made.name == evaluation]
+        names = list(dict.fromkeys(name for each in made for name in _names(each)))
+        variants = _variants(judged, evaluation)
+        if len(made) == 1 and len(names) > MANY:
+            title = f"{evaluation}, {_subject(judged[0])}"
+            yield from _aligned([[title, *variants], *_row_for_each(made[0], names, variants)])
+            yield ""
+            continue
+        for number in dict.fromkeys(map(_without_layer, names)):
+            rows = [[f"{evaluation} {number}", *variants]]
+            for each in judged:
+                rows += _rows(each, evaluation, number, variants)
+            yield from _aligned(rows)
+            yield ""
     several = len({each.subject for each in judged}) > 1
     yield from dict.fromkeys(line for each in judged for line in _said(each, name=several))
     if any(isinstance(v, Estimate) for each in judged for row in each.numbers.values() for v in row.values()):
@@ -99,6 +111,15 @@ def tables(judged: Sequence[Judged]) -> Iterator[str]:
         yield f"kept in {', '.join(dict.fromkeys(kept))}"
     if other := [each.subject for each in judged if each.run_dir is None]:
         yield f"not kept, as there is no run directory; --json prints the record: {', '.join(dict.fromkeys(other))}"
+
+
+def _row_for_each(made: Made, names: list[str], variants: list[str]) -> Iterator[list[str]]:
+    for name in names:
+        yield [name, *(_shown(made.numbers.get(variant, {}).get(name)) for variant in variants)]
+
+
+def _subject(judged: Judged) -> str:
+    return judged.subject if judged.step is None else f"{judged.subject} (step {judged.step})"
 
 
 def _names(made: Made) -> list[str]:
@@ -117,7 +138,7 @@ def _variants(judged: Sequence[Judged], evaluation: str) -> list[str]:
 
 def _rows(judged: Judged, evaluation: str, number: str, variants: list[str]) -> Iterator[list[str]]:
     """One row; of an evaluation layer by layer, one for each of them. Pixels have no layer and stand in all rows."""
-    subject = judged.subject if judged.step is None else f"{judged.subject} (step {judged.step})"
+    subject = _subject(judged)
     for made in judged.made:
         names = [name for name in _names(made) if _without_layer(name) == number] if made.name == evaluation else []
         of_layers = [name for name in names if name != number]

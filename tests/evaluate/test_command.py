@@ -63,6 +63,16 @@ def test_what_is_measured_next_is_told(make_run, registry):
     assert told == [f"{where}, {variant}: knn ..." for variant in ("raw pixels", "untrained", "trained")]
 
 
+def test_many_numbers_of_a_subject_stand_in_one_table(make_run, monkeypatch):
+    numbers = {f"number{index}": index + 0.5 for index in range(9)}
+    monkeypatch.setattr(Constant, "__call__", lambda self, subject: numbers)
+    run_dir = make_run()
+    registry = RegistryWith(*(make_run.components), Constant)
+    [judged] = evaluate(["constant"], [run_dir], registry=registry)
+    table = [f"constant, {run_dir} (step 7) | untrained | trained"]
+    assert printed([judged])[:11] == [*table, *(f"{name} | {x:.4f} | {x:.4f}" for name, x in numbers.items()), ""]
+
+
 def test_a_checkpoint_of_a_run_is_a_subject_and_stands_beside_others(make_run, registry):
     run_dir = make_run()
     step = run_dir / "checkpoints" / "step_00000007"
