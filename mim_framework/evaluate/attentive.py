@@ -141,6 +141,10 @@ class Attentive(Evaluation):
         x, y = data.train.x[aside], data.train.y[aside]
         right = {lr: int((head_scores(head, x).argmax(1) == y).sum()) if len(y) else 0 for lr, head in finite.items()}
         lr = max(right, key=right.__getitem__)
+        if lr == max(finite) == max(heads) and len(heads) > 1 and subject.world.is_main:
+            logger.warning(
+                f"attentive: the highest lr, {lr:g}, was the best; higher ones may be better: attentive.lr=[...]"
+            )
         return {**top_shares(head_scores(finite[lr], data.test.x), data.test.y), "lr": lr}
 
     def _official_lr(self, num_images: int) -> float:

@@ -57,6 +57,15 @@ def test_heads_that_diverge_are_told(caplog):
     assert "attentive: heads diverged at lr 1e+30; they are left out of the choice" in caplog.text
 
 
+def test_a_best_rate_at_the_edge_is_told(caplog):
+    train, test = hidden_in_one_token(100, 0), hidden_in_one_token(20, 1)
+    numbers_of(train, test, epochs=2, lr=[1e-9])
+    assert caplog.messages == []
+    assert numbers_of(train, test, head="vjepa", epochs=20, batch_size=32, lr=[1e-9, 1e-3])["lr"] == 1e-3
+    text = "attentive: the highest lr, 0.001, was the best; higher ones may be better: attentive.lr=[...]"
+    assert caplog.messages == [text]
+
+
 def test_the_rate_is_chosen_on_train_images_and_the_official_one_is_the_lowest_by_default():
     train, test = hidden_in_one_token(100, 0), hidden_in_one_token(50, 1)
     chosen = numbers_of(train, test, epochs=20, batch_size=32)
