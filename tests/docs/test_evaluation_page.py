@@ -24,12 +24,18 @@ COMMANDS = re.findall(r"^mim (.+)$", PAGE, re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two short runs on digits, and labelled photographs."""
+    """Two short runs on digits, a classifier of them, and labelled photographs."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("page")
     encoder = {"type": "vit", "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    for name in ("quickstart", "other"):
-        changed = {"name": name, "output_dir": str(folder / "runs"), "encoder": encoder, "decoder": "linear"}
+    classifier = {
+        "masker": "none", "objective": "classify", "target": "labels", "decoder": "classifier", "loss": "cross_entropy",
+        "train": {**RECIPE["train"], "steps": None, "epochs": 0.01},
+        "evaluate": [{"type": "accuracy", "every_epochs": 0}],
+        "checkpoint": {"every_epochs": 0.005, "keep_best": "accuracy_top1"},
+    }  # fmt: skip
+    for name, more in {"quickstart": {}, "other": {}, "finetuned": classifier}.items():
+        changed = {"name": name, "output_dir": str(folder / "runs"), "encoder": encoder, "decoder": "linear", **more}
         (folder / "r.yaml").write_text(json.dumps({**RECIPE, **changed}))
         train(load_recipe(folder / "r.yaml", [], Registry()), Registry())
     for split, shades in {"train": range(0, 250, 20), "test": range(10, 250, 50)}.items():
@@ -52,7 +58,7 @@ def test_a_command_of_the_page_works(command, folder, monkeypatch):
             done.stdout
         ).keys() - {"format"}
     else:
-        assert "runs/quickstart (step 2)" in done.stdout
+        assert re.search(r"runs/(quickstart \(step 2\)|finetuned \(step \d\))", done.stdout)
 
 
 def test_the_page_shows_commands():
