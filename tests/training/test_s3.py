@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def port(images: Path) -> Iterator[int]:
 @pytest.fixture(autouse=True)
 def with_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     credentials(monkeypatch)
+    forkserver._forkserver._stop()  # one that an earlier test began knows no credentials, and neither do its workers
     monkeypatch.setattr(stores, "FIRST_WAIT", 1e-3)
     REMOTE.take()
 

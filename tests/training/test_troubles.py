@@ -136,7 +136,7 @@ def test_a_rank_whose_peer_has_ended_says_so_and_the_run_goes_on_exactly(tmp_pat
     interfere(3, lambda: end() if os.environ["RANK"] == "1" else None)
     with pytest.raises(RuntimeError, match="died without a word"):
         run_ranks(main)
-    lost = r"False: rank 0 of 2 lost contact with another rank in step 3, .* goes on from the last checkpoint"
+    lost = r"False: rank 0 of 2 lost contact with another rank in step 3: .* goes on from the last checkpoint"
     assert re.fullmatch(lost, (tmp_path / "said0.txt").read_text())
     assert saved(tmp_path / "tiny") == [2]
     interfere(-1, lambda: None)
