@@ -13,7 +13,7 @@ from mim_framework.base.errors import DataError
 from mim_framework.base.section import Section
 from mim_framework.contract.evaluation import Estimate, Evaluation, Subject, check_features
 from mim_framework.contract.specs import EncoderSpec
-from mim_framework.evaluate.knn import nearest, votes_of
+from mim_framework.evaluate.knn import knn_predict
 from mim_framework.evaluate.labelled import Labelled, class_name, labelled_features
 from mim_framework.evaluate.logistic import fit
 
@@ -67,10 +67,11 @@ class FewShot(Evaluation):
         return numbers
 
     def _by_neighbours(self, data: Labelled, rows: Tensor) -> float:
-        similarity, neighbours = nearest(data.train.x[rows], data.test.x, min(self.config.k, len(rows)))
-        labels = data.train.y[rows][neighbours]
-        votes = votes_of(similarity, labels, self.config.temperature, data.num_classes)
-        return _share(votes.argmax(1), data.test.y)
+        predicted = knn_predict(
+            data.train.x[rows], data.train.y[rows], data.test.x,
+            k=min(self.config.k, len(rows)), temperature=self.config.temperature, num_classes=data.num_classes,
+        )  # fmt: skip
+        return _share(predicted, data.test.y)
 
     def _by_regression(self, data: Labelled, rows: Tensor) -> float:
         x = data.train.x[rows]
