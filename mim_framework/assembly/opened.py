@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mim_framework.assembly.builder import Builder, Model, build_model, build_source
 from mim_framework.assembly.length import run_length
@@ -108,12 +107,7 @@ class LoadedEncoder:
     @cached_property
     def weights_sha256(self) -> str:
         """Of names, types, shapes and values of all weights and buffers that are saved: equal for equal encoders."""
-        return hash_of(self.trained)
-
-
-def hash_of(module: nn.Module) -> str:
-    """SHA-256 over the state of a module, in hexadecimal: names, types, shapes and values, in the order of names."""
-    return weights_hash(module)
+        return weights_hash(self.trained)
 
 
 def load_run(run_dir: Path, *, checkpoint: Path | None = None, registry: Registry | None = None) -> LoadedRun:

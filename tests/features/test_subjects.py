@@ -12,10 +12,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mim_framework.assembly.opened import LoadedEncoder, Origin, hash_of
+from mim_framework.assembly.opened import LoadedEncoder, Origin
 from mim_framework.base.errors import CheckpointError, RecipeError
 from mim_framework.contract.mask import Mask
 from mim_framework.convert import export_run, import_checkpoint
+from mim_framework.evaluate.cache import weights_hash
 from mim_framework.features.subjects import TimmName, open_encoder
 
 
@@ -33,13 +34,18 @@ def test_a_run_opens_at_its_newest_checkpoint_and_a_checkpoint_at_its_own(make_r
     folder, model = make_run(steps=(4, 9))
     opened = open_encoder(folder)
     assert opened.origin == Origin(str(folder), "run", "mae_vit", method="mae", run="small", step=9, images_seen=9 * 6)
-    assert opened.weights_sha256 == hash_of(model.objective.encoder)
+    assert opened.weights_sha256 == weights_hash(model.objective.encoder)
     assert opened.views.config.mean == (0.5, 0.4, 0.3)
     assert opened.device == torch.device("cpu")
     step = folder / "checkpoints" / "step_00000004"
     early = open_encoder(str(step))
     assert early.origin == Origin(str(step), "checkpoint", "mae_vit", "mae", "small", step=4, images_seen=4 * 6)
-    assert len({opened.weights_sha256, early.weights_sha256, hash_of(opened.untrained), hash_of(early.untrained)}) == 3
+    assert (
+        len(
+            {opened.weights_sha256, early.weights_sha256, weights_hash(opened.untrained), weights_hash(early.untrained)}
+        )
+        == 3
+    )
 
 
 @pytest.mark.parametrize("layout", ["timm", "official"])
@@ -53,7 +59,7 @@ def test_an_export_is_the_encoder_of_its_run_without_a_guess(make_run, layout):
     assert opened.weights_sha256 == run.weights_sha256
     assert opened.views.config == run.views.config
     assert opened.recipe is None
-    assert hash_of(opened.untrained) != run.weights_sha256
+    assert weights_hash(opened.untrained) != run.weights_sha256
 
 
 def test_an_import_is_opened_by_its_folder_or_its_weights(make_run, tmp_path):
@@ -194,8 +200,8 @@ def test_a_file_of_weights_makes_timm_s_own_model_with_images_as_timm_states_the
     assert opened.views.specs["x"].size == config["input_size"][1:]
     assert (opened.views.config.mean, opened.views.config.std) == (config["mean"], config["std"])
     assert opened.origin.kind == "timm"
-    assert hash_of(opened.untrained) != opened.weights_sha256
-    assert hash_of(opened.untrained) == open_encoder("timm:test_vit,random").weights_sha256
+    assert weights_hash(opened.untrained) != opened.weights_sha256
+    assert weights_hash(opened.untrained) == open_encoder("timm:test_vit,random").weights_sha256
 
 
 def test_weights_that_cannot_be_had_are_an_error_that_names_the_ways(monkeypatch):
