@@ -54,6 +54,11 @@ def say(text: object, err: bool = False) -> None:
     click.echo(for_people(str(text)), err=err)
 
 
+def aside(line: str) -> None:
+    """A line beside what a command answers."""
+    say(line, err=True)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Options that stand before the command."""
@@ -284,11 +289,8 @@ def scan(settings: Settings, source: str, **options: Any) -> None:
     from mim_framework.commands.data_scan import run_scan
     from mim_framework.commands.image_progress import ImageProgress
 
-    def report(line: str) -> None:
-        say(line, err=True)
-
     with ImageProgress() as progress:
-        written = run_scan(source, settings.registry, progress=progress, report=report, **options)
+        written = run_scan(source, settings.registry, progress=progress, report=aside, **options)
     for line in written.lines:
         say(line)
 
@@ -321,11 +323,8 @@ def pack(settings: Settings, source: str, output: Path, format: str, **options: 
     from mim_framework.commands.data_pack import run_pack
     from mim_framework.commands.image_progress import ImageProgress
 
-    def report(line: str) -> None:
-        say(line, err=True)
-
     with ImageProgress() as progress:
-        lines = run_pack(source, output, settings.registry, progress=progress, report=report, **options)
+        lines = run_pack(source, output, settings.registry, progress=progress, report=aside, **options)
     for line in lines:
         say(line)
 
@@ -573,11 +572,8 @@ def embed(settings: Settings, subject: str, images: tuple[str, ...], output: Pat
         raise click.UsageError(f"name one folder or source, got {', '.join(places)}")
     from mim_framework.commands.embed import run_embed
 
-    def report(line: str) -> None:
-        say(line, err=True)
-
     place = places[0] if places else None
-    written = run_embed(subject, place, changes, output, settings.registry, layers=layers, report=report, **options)
+    written = run_embed(subject, place, changes, output, settings.registry, layers=layers, report=aside, **options)
     for line in written.lines():
         say(line)
 
